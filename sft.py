@@ -1,0 +1,652 @@
+"""Stage 1, supervised fine-tuning: sequence packing and loss masking (LIONs, arXiv 2407.06542, section 3).
+
+    L = - sum over documents of (1/|y|) sum_i log pi(y_i | x, y_<i)  / documents     --loss-norm sequence
+    L = - sum over all targets of log pi(y_i | x, y_<i)              / targets       --loss-norm token
+
+y are the tokens of assistant turns with their end of turn (--loss-on assistant) or every token (all).
+Sums and the divisor are over the whole optimiser step on all ranks, so memory flags change nothing.
+
+Reads   conversations (--data, see data.py) and a Hugging Face model (--model).
+Writes  --output: an ordinary Hugging Face folder, run.json, metrics.jsonl, curves.png, ds_config.json.
+
+    python sft.py                                                        # the demo, minutes on a CPU
+    python sft.py --model google/gemma-2b                                # one GPU
+    deepspeed sft.py --model meta-llama/Meta-Llama-3-8B                  # all GPUs
+
+Differs from the paper
+ 1. --loss-norm token is the default (as in the release, but over the step, not the micro-batch).
+ 2. Embeddings train whole by default; the release trains special rows only (--train-embeddings new).
+ 3. A document cut by --packing concat goes on as a segment of its own, one token of context repeated.
+
+Step 0 of a random model costs about ln V nats; the demo ends near 0.1.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from kernels import Group, LogProbs, layout, use_varlen
+
+PRESETS = {  # the paper's table as argparse defaults
+    "demo": dict(model="demo", data=["demo:train"], eval_data=["demo:test"], epochs=4, batch_size=8,
+                 max_length=512, lr=3e-3, output="runs/sft"),
+    "gemma-2b": dict(model="google/gemma-2b", data=["teknium/OpenHermes-2.5"], epochs=3, batch_size=32,
+                     max_length=8192, lr=2e-5, zero=1, empty_system=0.8, gradient_checkpointing=True,
+                     output="runs/gemma-2b-sft"),
+    "llama-3-8b": dict(model="meta-llama/Meta-Llama-3-8B", data=["teknium/OpenHermes-2.5"], epochs=1,
+                       batch_size=32, max_length=8192, lr=2e-5, zero=3, empty_system=0.8,
+                       gradient_checkpointing=True, output="runs/llama-3-8b-sft")}
+# flags that cannot change the result, beyond rounding: a resumed run may change them
+FREE = {"micro_tokens", "save_every", "eval_every", "report_to", "num_proc", "cache_dir", "overwrite", "output",
+        "local_rank", "gradient_checkpointing", "offload", "eval_data", "eval_samples", "export_dtype",
+        "max_new_tokens"}
+
+
+# --------------------------------------------------------------------------------------------- maths
+def sft_loss(logps, weight, total: float):
+    """-sum(weight * log pi) / total: the formula in the header. weight (N,) is 1 (token norm) or 1/|y|
+    (sequence norm), total the sum of all weights of the step on all ranks. Uniform pi gives ln V."""
+    return -(weight * logps).sum() / total
+
+
+def learning_rate(step: int, steps: int, lr: float, warmup: float, schedule: str) -> float:
+    """Linear warm-up over the first `warmup` share of `steps`, then cosine or linear to 0, or constant."""
+    ramp = max(1, round(warmup * steps))
+    if step < ramp:
+        return lr * (step + 1) / ramp
+    x = (step - ramp) / max(1, steps - ramp)
+    return lr * {"cosine": (1 + math.cos(math.pi * x)) / 2, "linear": 1 - x, "constant": 1.0}[schedule]
+
+
+def micro_batches(tokens, limit: int, ranks: int) -> list[list[list[int]]]:
+    """Split a step's rows, `tokens` long, into micro-batches of near-equal tokens: [rank][micro][row].
+
+    The same number on every rank (some may be empty), none above `limit` tokens unless a single row is;
+    longest row first into the lightest micro-batch. A pure function of its arguments."""
+    n = max(1, math.ceil(sum(tokens) / (limit * ranks)))
+    while True:
+        load, rows = [0] * (n * ranks), [[] for _ in range(n * ranks)]
+        for i in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
+            b = min(range(n * ranks), key=lambda b: (load[b], b))
+            load[b] += tokens[i]
+            rows[b].append(i)
+        if all(a <= limit or len(r) == 1 for a, r in zip(load, rows)):
+            return [[sorted(r) for r in rows[k::ranks]] for k in range(ranks)]
+        n += 1
+
+
+# ------------------------------------------------------------------------------------------ plumbing
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    add = p.add_argument_group("model and data").add_argument
+    add("--preset", choices=list(PRESETS), help="the paper's settings; default: by --model, demo if none")
+    add("--model", help="Hub id or folder; 'demo' is a small random Llama made in code")
+    add("--data", nargs="+", help="NAME[:split][=fraction], several")
+    add("--eval-data", nargs="+", help="held-out sources, same form; None: no evaluation")
+    add("--chat-template", default="chatml", help="chatml, tokenizer (its own) or a jinja file")
+    add("--max-length", type=int, default=2048, help="tokens a row; longer documents are cut and counted")
+    add("--max-examples", type=int, help="first N of one seeded permutation; None: all")
+    add("--packing", choices=["bfd", "concat", "none"], default="bfd")
+    add("--loss-on", choices=["assistant", "all"], default="assistant", help="the loss mask")
+    add("--loss-norm", choices=["token", "sequence"], default="token", help="weight of a target: 1 or 1/|y|")
+    add("--empty-system", type=float, default=0.0, help="probability of an empty system turn where none is")
+    add("--bad-rows", choices=["refuse", "stop"], default="refuse", help="count them, or stop at the first")
+    add("--num-proc", type=int, help="processes that prepare data; None: all cores")
+    add("--cache-dir", help="prepared data; None: ~/.cache/lions")
+    add = p.add_argument_group("optimisation").add_argument
+    add("--epochs", type=float, default=1)
+    add("--max-steps", type=int, help="stop the schedule here; None: by --epochs")
+    add("--batch-size", type=int, default=32, help="rows an optimiser step, over all GPUs")
+    add("--lr", type=float, default=2e-5)
+    add("--schedule", choices=["cosine", "linear", "constant"], default="cosine")
+    add("--warmup", type=float, default=0.1, help="share of steps")
+    add("--betas", type=float, nargs=2, default=[0.9, 0.999])
+    add("--eps", type=float, default=1e-8)
+    add("--weight-decay", type=float, default=0.0)
+    add("--clip", type=float, default=1.0, help="gradient norm")
+    add("--train-embeddings", choices=["all", "new"], default="all", help="new: only the template's rows")
+    add("--seed", type=int, default=42)
+    add = p.add_argument_group("memory and machines").add_argument
+    add("--micro-tokens", type=int, help="tokens a micro-batch on a GPU; None: --max-length")
+    add("--dtype", choices=["fp32", "bf16"], help="compute; masters are fp32. None: bf16 on GPU")
+    add("--zero", type=int, choices=[0, 1, 2, 3], help="ZeRO stage; None: 0 for fp32, 1 for bf16")
+    add("--offload", action="store_true", help="optimiser state in CPU memory (ZeRO >= 1)")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False)
+    add("--local_rank", "--local-rank", type=int, default=0, help="set by the deepspeed launcher")
+    add = p.add_argument_group("output").add_argument
+    add("--output", help="folder of the run; None: runs/sft")
+    add("--overwrite", action="store_true", help="delete --output first")
+    add("--save-every", type=int, default=200, help="steps between checkpoints")
+    add("--eval-every", type=int, help="steps between evaluations; None: a quarter of the run")
+    add("--eval-samples", type=int, default=200, help="held-out prompts answered for exact match; 0: none")
+    add("--max-new-tokens", type=int, default=64, help="an answer's limit when sampling")
+    add("--export-dtype", choices=["fp32", "bf16"], default="fp32")
+    add("--report-to", choices=["wandb", "tensorboard"], nargs="*", default=[])
+    return p
+
+
+def parse(argv=None, make=parser, presets=PRESETS):
+    """Flags over preset over defaults; every problem in one ValueError."""
+    p = make()
+    first, _ = p.parse_known_args(argv)
+    by_model = {v["model"]: k for k, v in presets.items()}
+    name = first.preset or by_model.get(first.model, None if first.model else "demo")
+    p.set_defaults(**presets.get(name, {}))
+    args = p.parse_args(argv)
+    print(f"preset: {name or 'none (defaults; no preset names this model)'}", file=sys.stderr)
+    args.preset = name
+    args.output = args.output or "runs/sft"
+    args.micro_tokens = args.micro_tokens or args.max_length
+    args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
+    args.zero = args.zero if args.zero is not None else int(args.dtype == "bf16")
+    positive = [f for f in ("max_length", "epochs", "batch_size", "lr", "micro_tokens", "save_every", "clip")
+                if not getattr(args, f) > 0]
+    why = [f"--{f.replace('_', '-')} {getattr(args, f)}: must be above 0" for f in positive]
+    why += [f"--{f.replace('_', '-')} {getattr(args, f)}: must lie in 0..1"
+            for f in ("warmup", "empty_system") if not 0 <= getattr(args, f) <= 1]
+    if not args.data:
+        why.append("--data: needed, no preset gives one for this model")
+    if args.dtype == "bf16" and args.zero == 0:
+        why.append("--zero 0 with --dtype bf16: would sum gradients in bf16; use --zero 1 or more")
+    if args.offload and not args.zero:
+        why.append("--offload: needs --zero 1 or more")
+    if args.train_embeddings == "new" and args.weight_decay:
+        why.append("--train-embeddings new with --weight-decay: decay would move the frozen rows; set it to 0")
+    if why:
+        raise ValueError("\n".join(why))
+    return args
+
+
+def init_distributed():
+    """DeepSpeed over nccl or gloo; plain `python` is a world of one. Returns (rank, world, device)."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import datetime
+    import torch.distributed as dist
+    import deepspeed
+    import deepspeed.comm.torch as ds_torch
+    for handler in deepspeed.utils.logging.logger.handlers:
+        handler.setStream(sys.stderr)                       # stdout ends in our JSON line
+    ds_torch.build_shm_op = lambda: None                    # gloo alone: no compiler needed on CPU
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if not dist.is_initialized():
+        limit = datetime.timedelta(hours=3)
+        if "RANK" in os.environ:
+            if backend == "nccl":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            else:
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+            dist.init_process_group(backend, timeout=limit)
+        else:
+            os.environ.setdefault("LOCAL_RANK", "0")        # DeepSpeed asks for it
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+    deepspeed.init_distributed(backend, verbose=False)
+    device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def all_sum(values, device) -> list[float]:
+    """Sum of a few numbers over all ranks, in float64."""
+    t = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(t)
+    return t.tolist()
+
+
+def load_tokenizer(args):
+    """The tokenizer with its template set, and the template (data.set_template)."""
+    from transformers import AutoTokenizer
+    tokenizer = data.demo_tokenizer() if args.model == "demo" else AutoTokenizer.from_pretrained(args.model)
+    return tokenizer, data.set_template(tokenizer, args.chat_template)
+
+
+def load_model(args, tokenizer):
+    """The model in fp32 with rows for new tokens (mean of the old ones), dropout off, varlen attention."""
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    torch.manual_seed(args.seed)
+    if args.model == "demo":
+        model = AutoModelForCausalLM.from_config(LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+            tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id))
+    else:
+        config = AutoConfig.from_pretrained(args.model)
+        for key in [k for k in vars(config) if k.endswith(("dropout", "pdrop"))]:
+            setattr(config, key, 0.0)
+        model = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=torch.float32,
+                                                     use_safetensors=True)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    new = [i for i in tokenizer.new_token_ids if model is not None] if args.model != "demo" else []
+    with torch.no_grad():
+        for table in {model.get_input_embeddings(), model.get_output_embeddings()}:
+            old = [i for i in range(len(tokenizer)) if i not in set(new)]
+            if new:
+                table.weight[new] = table.weight[old].mean(0)
+    use_varlen(model, args.max_length)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def make_engine(args, module, world: int):
+    """DeepSpeed around LogProbs. It never averages over micro-batches: the loss carries its divisor."""
+    import deepspeed
+    bf16 = args.dtype == "bf16"
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
+        "gradient_clipping": args.clip, "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10 ** 9, "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": args.zero, **({"offload_optimizer": {"device": "cpu"}}
+                                                     if args.offload else {})},
+        **({"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"} if bf16 else {})}
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=args.lr,
+                                  betas=tuple(args.betas), eps=args.eps, weight_decay=args.weight_decay)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    return engine, config
+
+
+def train_rows_only(weight, ids):
+    """Zero the gradient of every other row of an embedding table (--train-embeddings new)."""
+    def keep(grad):
+        out = torch.zeros_like(grad)
+        out[ids] = grad[ids]
+        return out
+    weight.register_hook(keep)
+
+
+def save_checkpoint(engine, folder: Path, step: int, rank: int) -> None:
+    """Everything a resumed run needs, written under a temporary name and renamed; then older ones go."""
+    barrier = torch.distributed.barrier
+    tmp, final = folder / "writing", folder / f"step-{step:08d}"
+    if rank == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    barrier()
+    failed = ""
+    try:
+        engine.save_checkpoint(str(folder), tag="writing", client_state={"step": step}, save_latest=False)
+    except (OSError, RuntimeError) as error:
+        failed = str(error)
+    if all_sum([bool(failed)], engine.device)[0]:
+        if rank == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+        raise OSError(f"--output {folder.parent}: checkpoint at step {step} could not be written ({failed}); "
+                      "the last good one is intact. Free disk space and run the same command again")
+    if rank == 0:
+        tmp.rename(final)
+        for old in sorted(folder.glob("step-*"))[:-1]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def load_checkpoint(engine, folder: Path) -> int:
+    """Continue from the last whole checkpoint; returns the number of steps done, 0 where there is none.
+    Read with weights_only: not even our own folder runs pickled code."""
+    whole = sorted(folder.glob("step-*"))
+    if not whole:
+        return 0
+    from unittest import mock
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+    plain = torch.load
+    with torch.serialization.safe_globals([LossScaler, fragment_address, ZeroStageEnum]), \
+            mock.patch("torch.load", lambda *a, **k: plain(*a, **{**k, "weights_only": True})):
+        _, state = engine.load_checkpoint(str(folder), tag=whole[-1].name)
+    return state["step"]
+
+
+def check_resume(args, out: Path, world: int) -> None:
+    """Refuse to continue a run whose result-flags differ, naming them."""
+    if not (out / "run.json").exists():
+        return
+    old = json.loads((out / "run.json").read_text())
+    now = json.loads(json.dumps(vars(args)))
+    changed = [f"--{k.replace('_', '-')}: was {old['flags'].get(k)}, now {now[k]}"
+               for k in sorted(now) if k not in FREE and old["flags"].get(k) != now[k]]
+    if old["world"] != world:
+        changed.append(f"number of ranks: was {old['world']}, now {world}")
+    if changed:
+        raise ValueError(f"--output {out} holds a run with other settings; name another --output or "
+                         "--overwrite it:\n" + "\n".join(changed))
+    if old.get("result"):
+        raise ValueError(f"--output {out} holds a finished run; name another --output or --overwrite it")
+
+
+def write_json(path: Path, value) -> None:
+    tmp = path.with_suffix(".writing")
+    tmp.write_text(json.dumps(value, indent=1))
+    tmp.rename(path)
+
+
+def export(engine, tokenizer, end_of_turn_id: int, folder: Path, dtype: str, rank: int) -> None:
+    """An ordinary Hugging Face folder from the fp32 masters, whatever the ZeRO stage."""
+    from deepspeed.utils import safe_get_full_fp32_param
+    state, model = {}, engine.module.model
+    for name, p in model.named_parameters():
+        full = safe_get_full_fp32_param(p) if hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") else None
+        if rank == 0:
+            state[name] = (p.data if full is None else full).detach().to(
+                "cpu", torch.bfloat16 if dtype == "bf16" else torch.float32, copy=True)
+    if rank == 0:
+        for name, b in model.named_buffers():
+            if name in model.state_dict():
+                state[name] = b.detach().cpu()
+        if model.config.get_text_config().tie_word_embeddings:
+            head = "lm_head.weight"
+            state.pop(head, None)
+        model.config.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+        stops = {end_of_turn_id, tokenizer.eos_token_id} - {None}
+        model.generation_config.eos_token_id = sorted(stops)
+        model.generation_config.pad_token_id = (tokenizer.pad_token_id if tokenizer.pad_token_id is not None
+                                                else end_of_turn_id)
+        model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+    torch.distributed.barrier()
+
+
+@torch.no_grad()
+def sample_responses(model, tokenizer, prompts: list, max_new_tokens: int, batch_size: int = 64) -> list[str]:
+    """Greedy answers to prompts (lists of messages), as text without the end of turn.
+    Left-padded batches of prompts of like length; model is a plain transformers model."""
+    texts = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in prompts]
+    ids = [tokenizer(t, add_special_tokens=False).input_ids for t in texts]
+    order, out = sorted(range(len(ids)), key=lambda i: len(ids[i])), [""] * len(ids)
+    pad, model = model.generation_config.pad_token_id, model.eval()
+    for a in range(0, len(order), batch_size):
+        part = order[a:a + batch_size]
+        width = max(len(ids[i]) for i in part)
+        x = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in part], device=model.device)
+        mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in part], device=model.device)
+        y = model.generate(input_ids=x, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens)
+        for i, answer in zip(part, tokenizer.batch_decode(y[:, width:], skip_special_tokens=True)):
+            out[i] = answer
+    return out
+
+
+def plot_curves(path: Path, runs: dict[str, list[dict]]) -> None:
+    """Loss, learning rate and gradient norm over steps, one line a run, held-out loss as dots."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
+    for name, rows in runs.items():
+        for ax, key in zip(axes, ("loss", "lr", "grad_norm")):
+            seen = [(r["step"], r[key]) for r in rows if key in r]
+            ax.plot(*zip(*seen), label=name, lw=1)
+            ax.set(xlabel="optimiser step", title={"loss": "loss (nats a target)", "lr": "learning rate",
+                                                   "grad_norm": "gradient norm"}[key])
+        held = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
+        if held:
+            axes[0].plot(*zip(*held), "o", ms=4, label=f"{name}, held out")
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------- SFT's data
+class Packed:
+    """Prepared documents and their rows: row r -> groups for layout(), and what each row weighs."""
+
+    def __init__(self, dataset, rows: data.Rows, loss_norm: str):
+        self.rows, self.docs = rows, dataset.with_format("numpy", columns=["input_ids", "targets"])
+        per_doc = np.asarray(dataset["n_targets"], dtype=np.int64)
+        counts = per_doc[rows.doc].copy()                           # targets of each piece
+        lengths = np.asarray(dataset["length"], dtype=np.int64)
+        for p in np.flatnonzero((rows.start > 0) | (rows.end < lengths[rows.doc])):
+            mask = np.asarray(self.docs[int(rows.doc[p])]["targets"])
+            counts[p] = mask[rows.start[p] + 1:rows.end[p]].sum()   # a piece's first token is context
+        self.weight = 1.0 / per_doc[rows.doc] if loss_norm == "sequence" else np.ones(len(rows.doc))
+        total = lambda x: np.add.reduceat(x, rows.offsets[:-1])
+        self.tokens, self.targets = total(rows.end - rows.start), total(counts)
+        self.weights = total(counts * self.weight)
+        self.counts = counts
+
+    def __len__(self):
+        return len(self.rows.offsets) - 1
+
+    def batch(self, wanted: list[int], device):
+        """The rows as one Batch and the weight of each of its targets."""
+        groups, weight = [], []
+        for r in wanted:
+            for p in range(self.rows.offsets[r], self.rows.offsets[r + 1]):
+                doc = self.docs[int(self.rows.doc[p])]
+                a, b = self.rows.start[p], self.rows.end[p]
+                ids, mask = doc["input_ids"][a:b].tolist(), doc["targets"][a:b].tolist()
+                groups.append(Group([], [ids], [[False] + mask[1:]]))
+                weight.append(self.weight[p])
+        batch = layout(groups)
+        weight = torch.tensor(weight, dtype=torch.float32)[batch.sequence]
+        return batch.to(device), weight.to(device)
+
+
+@torch.no_grad()
+def evaluate_loss(engine, packed: Packed, limit: int, rank: int, world: int) -> float:
+    """Mean nats a target token over all rows of `packed`, rows split over ranks."""
+    engine.eval()
+    nats = 0.0
+    for micro in micro_batches(packed.tokens.tolist(), limit, world)[rank]:
+        batch, _ = packed.batch(micro, engine.device)
+        nats -= engine(batch).double().sum().item()
+    engine.train()
+    return all_sum([nats], engine.device)[0] / packed.targets.sum()
+
+
+def unigram_nats(train, held_out, vocabulary: int) -> float:
+    """Mean nats a held-out target under add-one unigram counts of the training targets."""
+    def counts(d):
+        total = np.zeros(vocabulary, dtype=np.int64)
+        for part in d.with_format("numpy", columns=["input_ids", "targets"]).iter(batch_size=1000):
+            for ids, mask in zip(part["input_ids"], part["targets"]):
+                total += np.bincount(ids[np.asarray(mask, dtype=bool)], minlength=vocabulary)
+        return total
+    a, b = counts(train), counts(held_out)
+    return float(-(b * np.log((a + 1) / (a.sum() + vocabulary))).sum() / b.sum())
+
+
+def exact_match(folder, dataset, tokenizer, args, rank, world, device) -> tuple[float, list]:
+    """Share of held-out rows with a reference answer that the exported folder answers exactly (greedy)."""
+    from transformers import AutoModelForCausalLM
+    rows = [r for r in dataset.select_columns(["messages_json", "answer"]) if r["answer"] is not None]
+    rows = rows[:args.eval_samples]
+    if not rows:
+        return None, []
+    mine = rows[rank::world]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    prompts = [json.loads(r["messages_json"])[:-1] for r in mine]
+    answers = sample_responses(model, tokenizer, prompts, args.max_new_tokens)
+    right = sum(data.final_answer(a) == r["answer"] for a, r in zip(answers, mine))
+    samples = [{"prompt": p, "answer": a, "reference": r["answer"]} for p, a, r in zip(prompts, answers, mine)]
+    return all_sum([right], device)[0] / len(rows), samples
+
+
+# ---------------------------------------------------------------------------------------------- main
+def main(argv=None) -> dict:
+    args = parse(argv)
+    started, out = time.time(), Path(args.output)
+    rank, world, device = init_distributed()
+    barrier = torch.distributed.barrier
+    if rank == 0 and args.overwrite:
+        shutil.rmtree(out, ignore_errors=True)
+    barrier()
+    check_resume(args, out, world)
+    log = lambda *a: print(*a, file=sys.stderr, flush=True) if rank == 0 else None
+
+    tokenizer, template = load_tokenizer(args)
+    tokenizer.new_token_ids = tokenizer.convert_tokens_to_ids(list(template.new_tokens))
+
+    def prepare(sources, max_examples=None):
+        if rank:
+            barrier()                                       # rank 0 fills the cache, the others read it
+        made = data.prepare(sources, tokenizer, template, max_length=args.max_length, loss_on=args.loss_on,
+                            empty_system=args.empty_system, max_examples=max_examples, seed=args.seed,
+                            bad_rows=args.bad_rows, num_proc=args.num_proc, cache_dir=args.cache_dir)
+        if not rank:
+            barrier()
+        log(data.stats_table(made.stats))
+        return made.dataset
+    train_set = prepare(args.data, args.max_examples)
+    held_out = prepare(args.eval_data) if args.eval_data else None
+    rows = data.pack(train_set["length"], args.max_length, args.packing)
+    train = Packed(train_set, rows, args.loss_norm)
+    if held_out is not None:
+        held = Packed(held_out, data.pack(held_out["length"], args.max_length, "bfd"), "token")
+    if len(train) < world:
+        raise ValueError(f"--data: {len(train)} rows for {world} ranks; use fewer ranks or more data")
+    if train.targets.sum() != sum(train_set["n_targets"]):
+        raise RuntimeError(f"packing lost targets: {train.targets.sum()} of {sum(train_set['n_targets'])}")
+    fill = train.tokens.sum() / (len(train) * args.max_length)
+    log(f"{args.packing}: {len(train_set)} documents in {len(train)} rows of {args.max_length}, {fill:.2%} "
+        f"full; {train.targets.sum()} target tokens, each in exactly one row")
+
+    per_epoch = math.ceil(len(train) / args.batch_size)
+    steps = args.max_steps or math.ceil(per_epoch * args.epochs)
+    eval_every = args.eval_every or max(1, steps // 4)
+    log(f"{steps} steps = {args.epochs:g} epochs of ceil({len(train)} rows / {args.batch_size})")
+
+    model = load_model(args, tokenizer)
+    if args.train_embeddings == "new":
+        ids = tokenizer.convert_tokens_to_ids(sorted({template.end_of_turn, *template.new_tokens}))
+        for w in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            train_rows_only(w, ids)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    engine, ds_config = make_engine(args, LogProbs(model), world)
+    engine.train()
+    first = load_checkpoint(engine, out / "checkpoints")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "ds_config.json", ds_config)
+        import transformers
+        run = {"flags": vars(args), "world": world, "parameters": n_parameters,
+               "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+        write_json(out / "run.json", run)
+        lines = (out / "metrics.jsonl").read_text().splitlines() if first else []
+        history = [m for m in map(json.loads, lines) if m["step"] <= first]
+        (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in history))
+    log(f"{n_parameters:,} parameters, {world} rank(s), {args.dtype}, ZeRO {args.zero}, from step {first}")
+    writers = reporters(args, out) if rank == 0 else []
+    stop = []
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    except ValueError:
+        pass                                                # not in the main thread: nobody signals us
+
+    from tqdm import tqdm
+    bar = tqdm(total=steps, initial=first, disable=rank > 0, unit="step", dynamic_ncols=True)
+    clock, seen = time.time(), 0
+    for step in range(first, steps):
+        # --- the step: every rank takes its micro-batches of the same global rows -----------------
+        epoch, i = divmod(step, per_epoch)
+        order = data.permutation(len(train), args.seed, epoch)
+        wanted = order[i * args.batch_size:(i + 1) * args.batch_size]
+        total = train.weights[wanted].sum()                 # the divisor, known before any backward
+        mine = micro_batches(train.tokens[wanted].tolist(), args.micro_tokens, world)[rank]
+        loss_sum = torch.zeros((), device=device)
+        for m, micro in enumerate(mine):
+            batch, weight = train.batch([int(wanted[j]) for j in micro], device)
+            logps = engine(batch)                                                   # (N,) nats
+            loss = sft_loss(logps, weight, total)
+            engine.set_gradient_accumulation_boundary(m == len(mine) - 1)
+            engine.backward(loss * world, scale_wrt_gas=False)                      # DeepSpeed averages ranks
+            loss_sum += loss.detach()
+        lr = learning_rate(step, steps, args.lr, args.warmup, args.schedule)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        loss, stopping = all_sum([loss_sum.item(), len(stop)], device)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {step + 1}: loss is {loss} on rows {wanted.tolist()}; weights "
+                                     "of the last checkpoint are intact. Lower --lr or look at these rows")
+        engine.step()
+        # -------------------------------------------------------------------------------------------
+        tokens = int(train.tokens[wanted].sum())
+        seen += tokens
+        norm = engine.get_global_grad_norm()
+        now = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": None if norm is None else float(norm),
+               "tokens": tokens, "targets": int(train.targets[wanted].sum()),
+               "tokens_per_s": seen / (time.time() - clock)}
+        if held_out is not None and ((step + 1) % eval_every == 0 or step + 1 == steps):
+            now["eval_loss"] = evaluate_loss(engine, held, args.micro_tokens, rank, world)
+        if rank == 0:
+            history.append(now)
+            with open(out / "metrics.jsonl", "a") as f:
+                f.write(json.dumps(now) + "\n")
+            for write in writers:
+                write(now)
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} norm {now['grad_norm'] or 0:.2f} "
+                                f"{now['tokens_per_s']:.0f} tok/s")
+        if stopping or ((step + 1) % args.save_every == 0 and step + 1 < steps):
+            save_checkpoint(engine, out / "checkpoints", step + 1, rank)
+        if stopping:
+            bar.close()
+            log(f"SIGTERM: saved at step {step + 1}; the same command goes on from here")
+            return {"stopped": True, "steps": step + 1, "output": str(out)} if rank == 0 else {}
+    bar.close()
+    seconds = time.time() - clock
+
+    export(engine, tokenizer, template.end_of_turn_id, out, args.export_dtype, rank)
+    result = {"loss": loss, "steps": steps, "tokens_per_s": seen / seconds if seconds else None,
+              "targets": int(train.targets.sum()), "fill": float(fill), "seconds": time.time() - started,
+              "exact_match": None, "output": str(out)}
+    if held_out is not None:
+        eval_loss = evaluate_loss(engine, held, args.micro_tokens, rank, world)
+        unigram = unigram_nats(train_set, held_out, len(tokenizer))
+        size = sum(len(tokenizer.decode(np.asarray(r["input_ids"])[np.asarray(r["targets"])],
+                                        skip_special_tokens=True).encode()) for r in held_out)
+        bits = held.targets.sum() / math.log(2) / max(1, size)
+        result |= {"eval_loss": eval_loss, "bits_per_byte": eval_loss * bits,
+                   "unigram_bits_per_byte": unigram * bits}
+        if args.eval_samples:
+            result["exact_match"], samples = exact_match(out, held_out, tokenizer, args, rank, world, device)
+            if rank == 0:
+                (out / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+    if rank == 0:
+        plot_curves(out / "curves.png", {out.name: history})
+        result["seconds"] = time.time() - started
+        write_json(out / "run.json", run | {"result": result})
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    barrier()
+    return result if rank == 0 else {}
+
+
+def reporters(args, out: Path) -> list:
+    """One function a --report-to: metrics dict -> None. Imported only when asked for."""
+    made = []
+    if "wandb" in args.report_to:
+        import wandb
+        wandb.init(dir=out, config=vars(args))
+        made.append(lambda m: wandb.log(m, step=m["step"]))
+    if "tensorboard" in args.report_to:
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(out)
+        made.append(lambda m: [board.add_scalar(k, v, m["step"]) for k, v in m.items() if v is not None])
+    return made
+
+
+def run_main(main) -> None:
+    """A script's entry: the result as the last line of stdout, an expected error as one message."""
+    try:
+        result = main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if result:
+        print(json.dumps(result), flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)
