@@ -420,8 +420,9 @@ def _prepare(parsed, tokenizer, template, max_length, loss_on, empty_system, max
 
     def raw_rows(index: int):
         source, rows = parsed[index], load_source(parsed[index])
-        kept = np.sort(permutation(len(rows), seed)[:max(1, round(source.fraction * len(rows)))]) \
-            if len(rows) else []
+        if not len(rows):
+            raise ValueError(f"--data {source.name}: the source is empty, no row is left")
+        kept = np.sort(permutation(len(rows), seed)[:max(1, round(source.fraction * len(rows)))])
         for i in kept:
             n, row = rows[int(i)] if isinstance(rows, list) else (int(i) + 1, rows[int(i)])
             find_format(row, f"--data {source.name}:{n}")
@@ -473,8 +474,6 @@ def _prepare(parsed, tokenizer, template, max_length, loss_on, empty_system, max
            line["reasons"].items()]
     if bad and (bad_rows == "stop" or not kept):
         raise ValueError(("--data: no row is left" if not kept else "--bad-rows stop") + ":\n" + "\n".join(bad))
-    if not kept:
-        raise ValueError(f"--data {' '.join(s.name for s in parsed)}: no row is left; the sources are empty")
     order = np.asarray(kept)[permutation(len(kept), seed)][:max_examples]
     done = done.select(order)
     for source, length, n, cut, t in zip(*(done[c] for c in ("source", "length", "n_targets", "cut", "turns"))):

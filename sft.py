@@ -178,7 +178,8 @@ def init_distributed():
     import deepspeed
     import deepspeed.comm.torch as ds_torch
     for handler in deepspeed.utils.logging.logger.handlers:
-        handler.setStream(sys.stderr)                       # stdout ends in our JSON line
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.setStream(sys.stderr)                   # stdout ends in our JSON line
     ds_torch.build_shm_op = lambda: None                    # gloo alone: no compiler needed on CPU
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if not dist.is_initialized():
@@ -211,7 +212,7 @@ def load_tokenizer(args):
     return tokenizer, data.set_template(tokenizer, args.chat_template)
 
 
-def load_model(args, tokenizer):
+def load_model(args, tokenizer, new_ids):
     """The model in fp32 with rows for new tokens (mean of the old ones), dropout off, varlen attention."""
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
     torch.manual_seed(args.seed)
@@ -228,12 +229,11 @@ def load_model(args, tokenizer):
                                                      use_safetensors=True)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    new = [i for i in tokenizer.new_token_ids if model is not None] if args.model != "demo" else []
-    with torch.no_grad():
-        for table in {model.get_input_embeddings(), model.get_output_embeddings()}:
-            old = [i for i in range(len(tokenizer)) if i not in set(new)]
-            if new:
-                table.weight[new] = table.weight[old].mean(0)
+    if new_ids:
+        old = [i for i in range(len(tokenizer)) if i not in set(new_ids)]
+        with torch.no_grad():
+            for table in {model.get_input_embeddings(), model.get_output_embeddings()}:
+                table.weight[new_ids] = table.weight[old].mean(0)
     use_varlen(model, args.max_length)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -485,7 +485,6 @@ def main(argv=None) -> dict:
     log = lambda *a: print(*a, file=sys.stderr, flush=True) if rank == 0 else None
 
     tokenizer, template = load_tokenizer(args)
-    tokenizer.new_token_ids = tokenizer.convert_tokens_to_ids(list(template.new_tokens))
 
     def prepare(sources, max_examples=None):
         if rank:
@@ -516,7 +515,7 @@ def main(argv=None) -> dict:
     eval_every = args.eval_every or max(1, steps // 4)
     log(f"{steps} steps = {args.epochs:g} epochs of ceil({len(train)} rows / {args.batch_size})")
 
-    model = load_model(args, tokenizer)
+    model = load_model(args, tokenizer, tokenizer.convert_tokens_to_ids(list(template.new_tokens)))
     if args.train_embeddings == "new":
         ids = tokenizer.convert_tokens_to_ids(sorted({template.end_of_turn, *template.new_tokens}))
         for w in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
@@ -568,12 +567,14 @@ def main(argv=None) -> dict:
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {step + 1}: loss is {loss} on rows {wanted.tolist()}; weights "
                                      "of the last checkpoint are intact. Lower --lr or look at these rows")
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None]) \
+            if args.zero == 0 else None                     # ZeRO keeps its own, ZeRO 0 forgets it
         engine.step()
         # -------------------------------------------------------------------------------------------
         tokens = int(train.tokens[wanted].sum())
         seen += tokens
-        norm = engine.get_global_grad_norm()
-        now = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": None if norm is None else float(norm),
+        norm = float(engine.get_global_grad_norm() if norm is None else norm)
+        now = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm,
                "tokens": tokens, "targets": int(train.targets[wanted].sum()),
                "tokens_per_s": seen / (time.time() - clock)}
         if held_out is not None and ((step + 1) % eval_every == 0 or step + 1 == steps):
@@ -585,7 +586,7 @@ def main(argv=None) -> dict:
             for write in writers:
                 write(now)
             bar.update()
-            bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} norm {now['grad_norm'] or 0:.2f} "
+            bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} norm {norm:.2f} "
                                 f"{now['tokens_per_s']:.0f} tok/s")
         if stopping or ((step + 1) % args.save_every == 0 and step + 1 < steps):
             save_checkpoint(engine, out / "checkpoints", step + 1, rank)
