@@ -72,17 +72,25 @@ def local_kind(name: str) -> str | None:
 
 
 def load_source(source: Source):
-    """The source as rows: a list of (number, dict), or an indexable datasets.Dataset."""
+    """The rows of a source, one after the other: (line or row number, dict)."""
     kind = local_kind(source.name)
     if source.name == "demo":
-        n = {"train": 12000, "test": 400}[source.split]
-        return list(enumerate(demo_conversations(n, 0, source.split), 1))
-    if kind in (".jsonl", ".jsonl.gz"):
-        return list(read_lines(source.name))
-    if kind == ".csv":
+        if source.split not in DEMO_ROWS:
+            raise ValueError(f"--data demo:{source.split}: the splits are {', '.join(DEMO_ROWS)}")
+        yield from enumerate(demo_conversations(DEMO_ROWS[source.split], 0, source.split), 1)
+    elif kind in (".jsonl", ".jsonl.gz"):
+        yield from read_lines(source.name)
+    elif kind == ".csv":
         with open(source.name, newline="") as f:
-            return [(n, row) for n, row in enumerate(csv.DictReader(f), 2)]
+            yield from enumerate(csv.DictReader(f), 2)
+    else:
+        yield from enumerate(load_table(source), 1)
+
+
+def load_table(source: Source):
+    """A parquet file, a save_to_disk folder or a Hub data set as a memory-mapped datasets.Dataset."""
     import datasets
+    kind = local_kind(source.name)
     if kind == ".parquet":
         return datasets.Dataset.from_parquet(source.name, keep_in_memory=False)
     if kind == "folder":
@@ -101,7 +109,7 @@ def fingerprint(source: Source) -> str:
             while block := f.read(1 << 22):
                 digest.update(block)
     if not kind and source.name != "demo":
-        digest.update(load_source(source)._fingerprint.encode())
+        digest.update(load_table(source)._fingerprint.encode())
     return digest.hexdigest()
 
 
@@ -343,6 +351,7 @@ def encode(conversation: Conversation, tokenizer, template: Template, *, max_len
 class Prepared(NamedTuple):
     dataset: object                # datasets.Dataset: input_ids, targets, length, n_targets, answer, ...
     stats: dict                    # JSON-serialisable; stats_table() prints it
+    key: str = ""                  # hash of all that decided the content
 
 
 def permutation(n: int, seed: int, epoch: int = 0) -> np.ndarray:
@@ -396,7 +405,7 @@ def prepare(sources: list[str], tokenizer, template: Template, *, max_length: in
         try:
             stats = json.loads(stats_file.read_text())
             if not (bad_rows == "stop" and stats["total"]["refused"]):
-                return Prepared(datasets.load_from_disk(str(final)), stats)
+                return Prepared(datasets.load_from_disk(str(final)), stats, key)
         except (OSError, ValueError, KeyError) as error:
             print(f"cache {final} is damaged ({error}); made again", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
@@ -411,7 +420,7 @@ def prepare(sources: list[str], tokenizer, template: Template, *, max_length: in
         (work / "done").rename(final)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return Prepared(datasets.load_from_disk(str(final)), made.stats)
+    return Prepared(datasets.load_from_disk(str(final)), made.stats, key)
 
 
 def _prepare(parsed, tokenizer, template, max_length, loss_on, empty_system, max_examples, seed, bad_rows,
@@ -419,14 +428,18 @@ def _prepare(parsed, tokenizer, template, max_length, loss_on, empty_system, max
     import datasets
 
     def raw_rows(index: int):
-        source, rows = parsed[index], load_source(parsed[index])
-        if not len(rows):
-            raise ValueError(f"--data {source.name}: the source is empty, no row is left")
-        kept = np.sort(permutation(len(rows), seed)[:max(1, round(source.fraction * len(rows)))])
-        for i in kept:
-            n, row = rows[int(i)] if isinstance(rows, list) else (int(i) + 1, rows[int(i)])
+        source, n_rows = parsed[index], 0
+        if source.fraction < 1:                             # a share of the rows needs their number first
+            n_rows = sum(1 for _ in load_source(source))
+            taken = np.zeros(n_rows, dtype=bool)
+            taken[permutation(n_rows, seed)[:max(1, round(source.fraction * n_rows))]] = True
+        for i, (n, row) in enumerate(load_source(source)):
+            n_rows = max(n_rows, i + 1)
             find_format(row, f"--data {source.name}:{n}")
-            yield {"raw": json.dumps(row, default=str), "source": index, "row": n}
+            if source.fraction == 1 or taken[i]:
+                yield {"raw": json.dumps(row, default=str), "source": index, "row": n}
+        if not n_rows:
+            raise ValueError(f"--data {source.name}: the source is empty, no row is left")
 
     work.mkdir(parents=True)
     parts = []
@@ -458,17 +471,15 @@ def _prepare(parsed, tokenizer, template, max_length, loss_on, empty_system, max
     stats = {"sources": {}, "total": dict(zero)}
     lines = [dict(zero) | {"reasons": {}} for _ in parsed]
     seen, kept = set(), []
-    small = done.select_columns(["source", "row", "key", "reason"])
-    for i, r in enumerate(small):
-        line = lines[r["source"]]
-        where = f"{parsed[r['source']].name}:{r['row']}"
-        if r["reason"]:
+    for i, (source, row, key, reason) in enumerate(zip(*(done[c] for c in ("source", "row", "key", "reason")))):
+        line = lines[source]
+        if reason:
             line["refused"] += 1
-            line["reasons"].setdefault(r["reason"], [0, where])[0] += 1
-        elif r["key"] in seen:
+            line["reasons"].setdefault(reason, [0, f"{parsed[source].name}:{row}"])[0] += 1
+        elif key in seen:
             line["duplicates"] += 1
         else:
-            seen.add(r["key"])
+            seen.add(key)
             kept.append(i)
     bad = [f"{where}: {reason} ({n} such row(s))" for line in lines for reason, (n, where) in
            line["reasons"].items()]
@@ -579,6 +590,9 @@ def pack(lengths, max_length: int, packing: str = "bfd") -> Rows:
 
 
 # --------------------------------------------------------------------------------------------- demo
+DEMO_ROWS = {"train": 12000, "test": 400}
+
+
 def demo_tokenizer():
     """A fast tokenizer made in code: one token a byte, and ChatML's specials."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

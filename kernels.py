@@ -150,15 +150,18 @@ def attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q: int, max_k: int, scaling:
 
 def sdpa_segments(q, k, v, ends_q: list[int], ends_k: list[int], scaling, window=None, softcap=None):
     """`attend` with plain PyTorch, one segment after the other (runs of equally long ones at once)."""
-    spans = list(zip(ends_q, ends_q[1:], ends_k, ends_k[1:]))
-    out, s = [], 0
-    while s < len(spans):
-        (q0, q1, k0, k1), e = spans[s], s + 1
-        Lq, Lk = q1 - q0, k1 - k0
-        while e < len(spans) and (spans[e][1] - spans[e][0], spans[e][3] - spans[e][2]) == (Lq, Lk):
-            e += 1
-        heads = lambda x, a, n: x[a:a + n * (e - s)].unflatten(0, (e - s, n)).transpose(1, 2)
-        qs, ks, vs = heads(q, q0, Lq), heads(k, k0, Lk), heads(v, k0, Lk)       # (e-s, H, L, d)
+    runs = []                                               # [segments, query length, key length]
+    for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:]):
+        if runs and runs[-1][1:] == [q1 - q0, k1 - k0]:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, q1 - q0, k1 - k0])
+    # one split a tensor, whose backward is one cat (a slice a segment would each write a zeroed (T, H, d))
+    parts = zip(runs, q.split([n * Lq for n, Lq, _ in runs]),
+                *(x.split([n * Lk for n, _, Lk in runs]) for x in (k, v)))
+    out = []
+    for (n, Lq, Lk), *qkv in parts:
+        qs, ks, vs = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in qkv)     # (n, H, L, d)
         whole = Lq == Lk and not (window and window < Lk)
         mask = None
         if not whole or softcap:
@@ -173,8 +176,7 @@ def sdpa_segments(q, k, v, ends_q: list[int], ends_k: list[int], scaling, window
         else:
             o = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=whole, scale=scaling,
                                                enable_gqa=q.shape[1] != k.shape[1])
-        out.append(o.transpose(1, 2).flatten(0, 1))                             # ((e-s) * Lq, H, d)
-        s = e
+        out.append(o.transpose(1, 2).flatten(0, 1))                             # (n * Lq, H, d)
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
@@ -257,20 +259,22 @@ def _logits(h, weight, bias, scale, softcap):
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, scale, softcap, chunk):
-        ctx.save_for_backward(hidden, weight, bias, target)
         ctx.rest = scale, softcap, chunk
         out = torch.empty(len(target), device=hidden.device,
                           dtype=torch.promote_types(hidden.dtype, torch.float32))
+        lse = torch.empty_like(out)
         for i in range(0, len(target), chunk):
             z = _logits(hidden[i:i + chunk], weight, bias, scale, softcap)      # (n, V)
             at = z.gather(1, target[i:i + chunk, None])[:, 0]                   # (n,)
             top = z.amax(1)
-            out[i:i + chunk] = at - top - z.sub_(top[:, None]).exp_().sum(1).log()
+            lse[i:i + chunk] = top + z.sub_(top[:, None]).exp_().sum(1).log()
+            out[i:i + chunk] = at - lse[i:i + chunk]
+        ctx.save_for_backward(hidden, weight, bias, target, lse)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, bias, target = ctx.saved_tensors
+        hidden, weight, bias, target, lse = ctx.saved_tensors
         scale, softcap, chunk = ctx.rest
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
         d_h = torch.empty_like(hidden) if need_h else None
@@ -281,8 +285,8 @@ class _TokenLogps(torch.autograd.Function):
             z = _logits(h, weight, bias, scale, softcap)
             # d softcap(u)/du = 1 - (z / c)^2, taken before z is overwritten by -softmax(z) * g
             slope = (z / softcap).square_().neg_().add_(1) if softcap else None
-            p = z.sub_(z.amax(1, keepdim=True)).exp_()
-            p.mul_(-g / p.sum(1, keepdim=True)).scatter_add_(1, t, g)           # g * (1[target] - softmax)
+            p = z.sub_(lse[i:i + chunk, None]).exp_().mul_(-g)                  # -g * softmax
+            p.scatter_add_(1, t, g)                                             # g * (1[target] - softmax)
             if softcap:
                 p.mul_(slope)
             if scale != 1.0:

@@ -188,7 +188,8 @@ def init_distributed():
             if backend == "nccl":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             else:
-                torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+                beside = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1  # torchrun, deepspeed
+                torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(beside)))
             dist.init_process_group(backend, timeout=limit)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")        # DeepSpeed asks for it
@@ -308,8 +309,8 @@ def load_checkpoint(engine, folder: Path) -> int:
     return state["step"]
 
 
-def check_resume(args, out: Path, world: int) -> None:
-    """Refuse to continue a run whose result-flags differ, naming them."""
+def check_resume(args, out: Path, world: int, data_key: str) -> None:
+    """Refuse to continue a run whose result-flags or data differ, naming them."""
     if not (out / "run.json").exists():
         return
     old = json.loads((out / "run.json").read_text())
@@ -318,11 +319,39 @@ def check_resume(args, out: Path, world: int) -> None:
                for k in sorted(now) if k not in FREE and old["flags"].get(k) != now[k]]
     if old["world"] != world:
         changed.append(f"number of ranks: was {old['world']}, now {world}")
+    if not changed and old["data"] != data_key:
+        changed.append("--data: same names, other content (or another data.py)")
     if changed:
         raise ValueError(f"--output {out} holds a run with other settings; name another --output or "
                          "--overwrite it:\n" + "\n".join(changed))
     if old.get("result"):
         raise ValueError(f"--output {out} holds a finished run; name another --output or --overwrite it")
+
+
+def peak_gib() -> float:
+    """Peak memory of this rank so far: the GPU's allocator, or the process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+def check_rows(rows: int, world: int) -> None:
+    if rows < world:
+        raise ValueError(f"--data: {rows} rows for {world} ranks; use fewer ranks or more data")
+
+
+def git_commit() -> str | None:
+    """The commit of this folder's code, '+' behind it where files differ; None outside a checkout."""
+    import subprocess
+    ask = lambda *a: subprocess.run(["git", "-C", str(Path(__file__).parent), *a], capture_output=True,
+                                    text=True)
+    try:
+        head = ask("rev-parse", "HEAD")
+    except OSError:
+        return None
+    dirty = ask("status", "--porcelain", "--untracked-files=no").stdout.strip()
+    return head.stdout.strip() + "+" * bool(dirty) if head.returncode == 0 else None
 
 
 def write_json(path: Path, value) -> None:
@@ -481,7 +510,6 @@ def main(argv=None) -> dict:
     if rank == 0 and args.overwrite:
         shutil.rmtree(out, ignore_errors=True)
     barrier()
-    check_resume(args, out, world)
     log = lambda *a: print(*a, file=sys.stderr, flush=True) if rank == 0 else None
 
     tokenizer, template = load_tokenizer(args)
@@ -495,15 +523,15 @@ def main(argv=None) -> dict:
         if not rank:
             barrier()
         log(data.stats_table(made.stats))
-        return made.dataset
-    train_set = prepare(args.data, args.max_examples)
-    held_out = prepare(args.eval_data) if args.eval_data else None
+        return made.dataset, made.key
+    train_set, data_key = prepare(args.data, args.max_examples)
+    held_out = prepare(args.eval_data)[0] if args.eval_data else None
+    check_resume(args, out, world, data_key)
     rows = data.pack(train_set["length"], args.max_length, args.packing)
     train = Packed(train_set, rows, args.loss_norm)
     if held_out is not None:
         held = Packed(held_out, data.pack(held_out["length"], args.max_length, "bfd"), "token")
-    if len(train) < world:
-        raise ValueError(f"--data: {len(train)} rows for {world} ranks; use fewer ranks or more data")
+    check_rows(len(train), world)
     if train.targets.sum() != sum(train_set["n_targets"]):
         raise RuntimeError(f"packing lost targets: {train.targets.sum()} of {sum(train_set['n_targets'])}")
     fill = train.tokens.sum() / (len(train) * args.max_length)
@@ -528,7 +556,8 @@ def main(argv=None) -> dict:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "ds_config.json", ds_config)
         import transformers
-        run = {"flags": vars(args), "world": world, "parameters": n_parameters,
+        run = {"flags": vars(args), "world": world, "data": data_key, "parameters": n_parameters,
+               "git": git_commit(), "rows": len(train), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
                "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
         write_json(out / "run.json", run)
         lines = (out / "metrics.jsonl").read_text().splitlines() if first else []
@@ -576,7 +605,7 @@ def main(argv=None) -> dict:
         norm = float(engine.get_global_grad_norm() if norm is None else norm)
         now = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm,
                "tokens": tokens, "targets": int(train.targets[wanted].sum()),
-               "tokens_per_s": seen / (time.time() - clock)}
+               "tokens_per_s": seen / (time.time() - clock), "gib": peak_gib()}
         if held_out is not None and ((step + 1) % eval_every == 0 or step + 1 == steps):
             now["eval_loss"] = evaluate_loss(engine, held, args.micro_tokens, rank, world)
         if rank == 0:
@@ -587,7 +616,7 @@ def main(argv=None) -> dict:
                 write(now)
             bar.update()
             bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} norm {norm:.2f} "
-                                f"{now['tokens_per_s']:.0f} tok/s")
+                                f"{now['tokens_per_s']:.0f} tok/s {now['gib']:.1f} GiB")
         if stopping or ((step + 1) % args.save_every == 0 and step + 1 < steps):
             save_checkpoint(engine, out / "checkpoints", step + 1, rank)
         if stopping:

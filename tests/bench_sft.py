@@ -48,8 +48,7 @@ def lions(work: Path) -> dict:
     import numpy as np
     import sft
     result = sft.main(["--model", str(work / "model"), "--data", str(work / "docs.jsonl"), "--max-length",
-                       str(LENGTH), "--batch-size", "4", "--epochs", "1", "--cache-dir", str(work / "cache"),
-                       "--output", str(work / "run"), "--overwrite", "--chat-template", "tokenizer"])
+                       str(LENGTH), "--batch-size", "4", "--epochs", "1", "--cache-dir", str(work / "cache"), "--output", str(work / "run"), "--overwrite", "--micro-tokens", "2048", "--chat-template", "tokenizer"])
     lines = [json.loads(x) for x in (work / "run/metrics.jsonl").read_text().splitlines()]
     tokens, targets = sum(x["tokens"] for x in lines), sum(x["targets"] for x in lines)
     import datasets

@@ -140,11 +140,13 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
 
 def test_changed_flags_are_refused_by_name(tmp_path):
     args = sft.parse([*SMALL, "--output", str(tmp_path)])
-    sft.write_json(tmp_path / "run.json", {"flags": vars(args), "world": 2})
+    sft.write_json(tmp_path / "run.json", {"flags": vars(args), "world": 2, "data": "a"})
     other = sft.parse([*SMALL, "--output", str(tmp_path), "--lr", "2", "--micro-tokens", "9"])
     with pytest.raises(ValueError, match=r"--lr: was 0.001, now 2.0\nnumber of ranks: was 2, now 1") as error:
-        sft.check_resume(other, tmp_path, 1)
+        sft.check_resume(other, tmp_path, 1, "a")
     assert "micro" not in str(error.value)
+    with pytest.raises(ValueError, match="--data: same names, other content"):
+        sft.check_resume(args, tmp_path, 2, "b")
 
 
 # --------------------------------------------------------------------------------------- invariances
@@ -216,6 +218,15 @@ def test_bad_flags_before_anything_is_written(flags, message, tmp_path, monkeypa
     with pytest.raises(ValueError, match=message):
         sft.main([*flags, "--output", "out", "--cache-dir", "cache"])
     assert not (tmp_path / "out").exists()
+
+
+def test_fewer_rows_than_ranks_and_a_loss_that_is_not_finite(tmp_path, monkeypatch):
+    flags = [*SMALL, "--max-steps", "2", "--output", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "c")]
+    with pytest.raises(ValueError, match="--data: 1 rows for 2 ranks"):
+        sft.check_rows(1, 2)
+    monkeypatch.setattr(sft, "sft_loss", lambda logps, *_: logps.sum() * float("nan"))
+    with pytest.raises(FloatingPointError, match=r"step 1: loss is nan on rows \[\d+, "):
+        sft.main(flags)
 
 
 def test_unknown_flags_and_values_are_refused(capsys):
