@@ -507,9 +507,6 @@ def main(argv=None) -> dict:
     started, out = time.time(), Path(args.output)
     rank, world, device = init_distributed()
     barrier = torch.distributed.barrier
-    if rank == 0 and args.overwrite:
-        shutil.rmtree(out, ignore_errors=True)
-    barrier()
     log = lambda *a: print(*a, file=sys.stderr, flush=True) if rank == 0 else None
 
     tokenizer, template = load_tokenizer(args)
@@ -526,7 +523,8 @@ def main(argv=None) -> dict:
         return made.dataset, made.key
     train_set, data_key = prepare(args.data, args.max_examples)
     held_out = prepare(args.eval_data)[0] if args.eval_data else None
-    check_resume(args, out, world, data_key)
+    if not args.overwrite:
+        check_resume(args, out, world, data_key)
     rows = data.pack(train_set["length"], args.max_length, args.packing)
     train = Packed(train_set, rows, args.loss_norm)
     if held_out is not None:
@@ -551,6 +549,9 @@ def main(argv=None) -> dict:
     n_parameters = sum(p.numel() for p in model.parameters())
     engine, ds_config = make_engine(args, LogProbs(model), world)
     engine.train()
+    if rank == 0 and args.overwrite:                        # only now: everything that can be wrong was looked at
+        shutil.rmtree(out, ignore_errors=True)
+    barrier()
     first = load_checkpoint(engine, out / "checkpoints")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)

@@ -138,6 +138,54 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert steps == list(range(1, 17))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_five_random_kills_equal_uninterrupted(ranks, tmp_path):
+    """SIGKILL to the whole process group at five random moments after a step was logged."""
+    import random
+    rng = random.Random(ranks)
+    flags = [*SMALL, "--max-steps", 40, "--save-every", 3, "--cache-dir", tmp_path / "cache", "--zero", "1"]
+    launcher = [sys.executable] + ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+                                   "29631"] * (ranks == 2)
+    command = [*launcher, str(ROOT / "sft.py"), *map(str, flags), "--output"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, capture_output=True)
+    out = tmp_path / "broken"
+    for _ in range(5):
+        p = subprocess.Popen([*command, str(out)], env=environment, start_new_session=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = out / "metrics.jsonl"
+        mark = time.time()
+        while p.poll() is None and (not log.exists() or log.stat().st_mtime < mark):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.8))
+        assert p.poll() is None, "ended before it was killed"
+        os.killpg(p.pid, signal.SIGKILL)
+        p.wait()
+    subprocess.run([*command, str(out)], check=True, env=environment, capture_output=True)
+    a, b = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_reports_go_where_asked(tmp_path, monkeypatch):
+    import types
+    seen = []
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
+        init=lambda **k: seen.append(sorted(k)), log=lambda m, step: seen.append((step, m["loss"]))))
+    args = sft.parse(["--report-to", "wandb"])
+    for write in sft.reporters(args, tmp_path):
+        write({"step": 3, "loss": 0.5})
+    assert seen == [["config", "dir"], (3, 0.5)]
+
+
+def test_overwrite_deletes_nothing_before_the_input_was_checked(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="no.jsonl"):
+        sft.main(["--data", "no.jsonl", "--output", str(tmp_path), "--overwrite", "--cache-dir",
+                  str(tmp_path / "cache")])
+    assert (tmp_path / "run.json").exists()
+
+
 def test_changed_flags_are_refused_by_name(tmp_path):
     args = sft.parse([*SMALL, "--output", str(tmp_path)])
     sft.write_json(tmp_path / "run.json", {"flags": vars(args), "world": 2, "data": "a"})
