@@ -153,7 +153,8 @@ def transcript(text: str) -> list[dict]:
 
 
 def from_messages(row):
-    return Conversation(turns(row["messages"]), False, row.get("answer"))
+    answer = row.get("answer")
+    return Conversation(turns(row["messages"]), False, None if answer is None else str(answer))
 
 
 def from_sharegpt(row):
@@ -236,6 +237,8 @@ class Template(NamedTuple):
     end_of_turn: str               # text of the token that ends an assistant turn
     end_of_turn_id: int
     new_tokens: list[str]          # tokens that the vocabulary lacked
+    specials: list[str]            # every special token's text: user text must hold none of them
+    bos: bool                      # whether a document starts with a BOS
 
 
 def adds_bos(tokenizer) -> bool:
@@ -244,11 +247,6 @@ def adds_bos(tokenizer) -> bool:
 
 def render(tokenizer, messages, **kwargs) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-
-
-def special_texts(tokenizer) -> set[str]:
-    return {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | \
-        set(tokenizer.all_special_tokens)
 
 
 def set_template(tokenizer, chat_template: str = "chatml") -> Template:
@@ -272,15 +270,16 @@ def set_template(tokenizer, chat_template: str = "chatml") -> Template:
     text = render(tokenizer, ask("q", a) + ask("r", b))
     if a not in text or b not in text:
         raise ValueError(f"--chat-template {chat_template}: it drops the assistant text")
-    ends = set()
+    ends, specials = set(), sorted({t.content for t in tokenizer.added_tokens_decoder.values() if t.special} |
+                                   set(tokenizer.all_special_tokens))
     for tail in (text.split(a, 1)[1], text.split(b, 1)[1]):
-        found = [t for t in special_texts(tokenizer) if t and tail.lstrip().startswith(t)]
+        found = [t for t in specials if t and tail.lstrip().startswith(t)]
         ends.add(max(found, key=len) if found else None)
     if len(ends) != 1 or None in ends:
         raise ValueError(f"--chat-template {chat_template}: it never trains an end of turn: after an "
                          "assistant turn it must write one special token, the same each time")
     end = ends.pop()
-    return Template(end, tokenizer.convert_tokens_to_ids(end), new)
+    return Template(end, tokenizer.convert_tokens_to_ids(end), new, specials, adds_bos(tokenizer))
 
 
 class Encoded(NamedTuple):
@@ -299,8 +298,8 @@ def encode(conversation: Conversation, tokenizer, template: Template, *, max_len
     BOS stands once, first, where the tokenizer uses one. Tokens beyond max_length are cut from the end;
     an EOS is never forged. ValueError(short reason) when the row is refused.
     """
-    messages, specials = conversation.messages, special_texts(tokenizer)
-    if any(s in m["content"] for m in messages for s in specials):
+    messages = conversation.messages
+    if any(s in m["content"] for m in messages for s in template.specials):
         raise ValueError("special token in the text")
     marks = {i: f"\ue100{i}\ue101" for i, m in enumerate(messages) if m["role"] == "assistant"}
     parts, rest = [], render(tokenizer, [{**m, "content": marks.get(i, m["content"])}
@@ -326,7 +325,7 @@ def encode(conversation: Conversation, tokenizer, template: Template, *, max_len
         raise ValueError("template rewrites the assistant text")
     made = tokenizer(true, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets, bos = list(made.input_ids), list(made.offset_mapping), tokenizer.bos_token_id
-    if adds_bos(tokenizer) and ids[:1] != [bos]:
+    if template.bos and ids[:1] != [bos]:
         ids, offsets = [bos] + ids, [(0, 0)] + offsets
     if bos is not None and bos != template.end_of_turn_id and ids[:2] == [bos, bos]:
         raise ValueError("two BOS tokens")
@@ -397,7 +396,7 @@ def prepare(sources: list[str], tokenizer, template: Template, *, max_length: in
         raise ValueError("\n".join(missing))
     folder = Path(cache_dir or Path.home() / ".cache" / "lions")
     decides = [[fingerprint(s) for s in parsed], tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
-               adds_bos(tokenizer), list(template), max_length, loss_on, empty_system, max_examples, seed,
+               list(template), max_length, loss_on, empty_system, max_examples, seed,
                Path(__file__).read_text()]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
     final, stats_file = folder / key, folder / key / "stats.json"

@@ -23,6 +23,7 @@ Step 0 of a random model costs about ln V nats; the demo ends near 0.3 (held out
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -154,6 +155,9 @@ def parse(argv=None, make=parser, presets=PRESETS):
     positive = [f for f in ("max_length", "epochs", "batch_size", "lr", "micro_tokens", "save_every", "clip")
                 if not getattr(args, f) > 0]
     why = [f"--{f.replace('_', '-')} {getattr(args, f)}: must be above 0" for f in positive]
+    why += [f"--{f.replace('_', '-')} {getattr(args, f)}: must be above 0, or left out"
+            for f in ("max_steps", "max_examples", "eval_every", "num_proc")
+            if getattr(args, f) is not None and getattr(args, f) <= 0]
     why += [f"--{f.replace('_', '-')} {getattr(args, f)}: must lie in 0..1"
             for f in ("warmup", "empty_system") if not 0 <= getattr(args, f) <= 1]
     if not args.data:
@@ -319,7 +323,7 @@ def check_resume(args, out: Path, world: int, data_key: str) -> None:
                for k in sorted(now) if k not in FREE and old["flags"].get(k) != now[k]]
     if old["world"] != world:
         changed.append(f"number of ranks: was {old['world']}, now {world}")
-    if not changed and old["data"] != data_key:
+    if not changed and old.get("data") != data_key:
         changed.append("--data: same names, other content (or another data.py)")
     if changed:
         raise ValueError(f"--output {out} holds a run with other settings; name another --output or "
@@ -373,16 +377,23 @@ def export(engine, tokenizer, end_of_turn_id: int, folder: Path, dtype: str, ran
         for name, b in model.named_buffers():
             if name in model.state_dict():
                 state[name] = b.detach().cpu()
-        if model.config.get_text_config().tie_word_embeddings:
-            head = "lm_head.weight"
-            state.pop(head, None)
         model.config.dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
         stops = {end_of_turn_id, tokenizer.eos_token_id} - {None}
         model.generation_config.eos_token_id = sorted(stops)
         model.generation_config.pad_token_id = (tokenizer.pad_token_id if tokenizer.pad_token_id is not None
                                                 else end_of_turn_id)
-        model.save_pretrained(folder, state_dict=state)
-        tokenizer.save_pretrained(folder)
+        work = folder / "export.writing"
+        shutil.rmtree(work, ignore_errors=True)
+        try:
+            model.save_pretrained(work, state_dict=state)
+            tokenizer.save_pretrained(work)
+            for file in work.iterdir():
+                file.replace(folder / file.name)
+        except Exception as error:                          # safetensors has its own kind for a full disk
+            raise OSError(f"--output {folder}: the model could not be written ({error}); the checkpoint is "
+                          "intact. Free disk space and run the same command again") from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     torch.distributed.barrier()
 
 
@@ -478,8 +489,8 @@ def unigram_nats(train, held_out, vocabulary: int) -> float:
     def counts(d):
         total = np.zeros(vocabulary, dtype=np.int64)
         for part in d.with_format("numpy", columns=["input_ids", "targets"]).iter(batch_size=1000):
-            for ids, mask in zip(part["input_ids"], part["targets"]):
-                total += np.bincount(ids[np.asarray(mask, dtype=bool)], minlength=vocabulary)
+            ids, mask = (np.concatenate(list(part[c])) for c in ("input_ids", "targets"))
+            total += np.bincount(ids[mask.astype(bool)], minlength=vocabulary)
         return total
     a, b = counts(train), counts(held_out)
     return float(-(b * np.log((a + 1) / (a.sum() + vocabulary))).sum() / b.sum())
@@ -488,8 +499,8 @@ def unigram_nats(train, held_out, vocabulary: int) -> float:
 def exact_match(folder, dataset, tokenizer, args, rank, world, device) -> tuple[float, list]:
     """Share of held-out rows with a reference answer that the exported folder answers exactly (greedy)."""
     from transformers import AutoModelForCausalLM
-    rows = [r for r in dataset.select_columns(["messages_json", "answer"]) if r["answer"] is not None]
-    rows = rows[:args.eval_samples]
+    rows = (r for r in dataset.select_columns(["messages_json", "answer"]) if r["answer"] is not None)
+    rows = list(itertools.islice(rows, args.eval_samples))
     if not rows:
         return None, []
     mine = rows[rank::world]
@@ -530,8 +541,9 @@ def main(argv=None) -> dict:
     if held_out is not None:
         held = Packed(held_out, data.pack(held_out["length"], args.max_length, "bfd"), "token")
     check_rows(len(train), world)
-    if train.targets.sum() != sum(train_set["n_targets"]):
-        raise RuntimeError(f"packing lost targets: {train.targets.sum()} of {sum(train_set['n_targets'])}")
+    n_targets = np.asarray(train_set["n_targets"], dtype=np.int64).sum()
+    if train.targets.sum() != n_targets:
+        raise RuntimeError(f"packing lost targets: {train.targets.sum()} of {n_targets}")
     fill = train.tokens.sum() / (len(train) * args.max_length)
     log(f"{args.packing}: {len(train_set)} documents in {len(train)} rows of {args.max_length}, {fill:.2%} "
         f"full; {train.targets.sum()} target tokens, each in exactly one row")
@@ -574,13 +586,13 @@ def main(argv=None) -> dict:
 
     from tqdm import tqdm
     bar = tqdm(total=steps, initial=first, disable=rank > 0, unit="step", dynamic_ncols=True)
-    clock, seen = time.time(), 0
+    clock, seen, loss = time.time(), 0, history[-1]["loss"] if rank == 0 and first else None
     for step in range(first, steps):
         # --- the step: every rank takes its micro-batches of the same global rows -----------------
         epoch, i = divmod(step, per_epoch)
         order = data.permutation(len(train), args.seed, epoch)
         wanted = order[i * args.batch_size:(i + 1) * args.batch_size]
-        total = train.weights[wanted].sum()                 # the divisor, known before any backward
+        total = train.weights[wanted].sum() or 1.0          # the divisor, known before any backward
         mine = micro_batches(train.tokens[wanted].tolist(), args.micro_tokens, world)[rank]
         loss_sum = torch.zeros((), device=device)
         for m, micro in enumerate(mine):

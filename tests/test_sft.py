@@ -233,8 +233,8 @@ def test_nothing_but_rounding_depends_on_memory_flags_ranks_and_zero(tmp_path):
     """Gradients of the first step within 1e-6 (relative norm), weights after 5 steps within
     0.05 x lr x steps on average, over micro-batches, checkpointing, ranks 1 and 2, ZeRO 0 to 3."""
     one = [["--micro-tokens", "768"], ["--micro-tokens", "128"], ["--gradient-checkpointing"], ["--zero", "1"],
-           ["--zero", "2"], ["--zero", "3"]]
-    two = [["--zero", z] for z in "0123"]
+           ["--zero", "2"], ["--zero", "3"], ["--batch-size", "1"]]
+    two = [["--zero", z] for z in "0123"] + [["--batch-size", "1", "--zero", "3"]]    # rank 1 has no row
     for n, flags in (1, one), (2, two):
         (tmp_path / str(n)).mkdir()
         done = subprocess.run(
@@ -242,8 +242,8 @@ def test_nothing_but_rounding_depends_on_memory_flags_ranks_and_zero(tmp_path):
              str(29600 + n), __file__, str(tmp_path / str(n)), json.dumps(flags)], capture_output=True,
             text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)})
         assert done.returncode == 0, done.stderr[-4000:]
-    spec_grads, spec = torch.load(tmp_path / "1/0.grads"), weights(tmp_path / "1/0")
-    for n, i in [(1, i) for i in range(1, 6)] + [(2, i) for i in range(4)]:
+    for n, i, like in [(1, i, 0) for i in range(1, 6)] + [(2, i, 0) for i in range(4)] + [(2, 4, 6)]:
+        spec_grads, spec = torch.load(tmp_path / f"1/{like}.grads"), weights(tmp_path / f"1/{like}")
         grads = torch.load(tmp_path / f"{n}/{i}.grads")
         for name, g in spec_grads.items():
             assert (grads[name] - g).norm() <= 1e-6 * max(1.0, g.norm()), (n, i, name)
@@ -268,7 +268,7 @@ def test_bf16_weights_lose_small_steps():
 
 # ----------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("flags, message", [
-    (["--lr", "0"], "--lr 0.0: must be above 0"), (["--warmup", "2"], "--warmup 2.0: must lie in 0..1"),
+    (["--lr", "0"], "--lr 0.0: must be above 0"), (["--max-steps", "0"], "--max-steps 0: must be above 0"), (["--warmup", "2"], "--warmup 2.0: must lie in 0..1"),
     (["--dtype", "bf16", "--zero", "0"], "--zero 0 with --dtype bf16"), (["--offload"], "--offload: needs"),
     (["--model", "x/y"], "--data: needed"), (["--data", "no.jsonl"], "--data no.jsonl: no such file"),
     (["--chat-template", "no.jinja"], "--chat-template no.jinja")])
@@ -286,6 +286,20 @@ def test_fewer_rows_than_ranks_and_a_loss_that_is_not_finite(tmp_path, monkeypat
     monkeypatch.setattr(sft, "sft_loss", lambda logps, *_: logps.sum() * float("nan"))
     with pytest.raises(FloatingPointError, match=r"step 1: loss is nan on rows \[\d+, "):
         sft.main(flags)
+
+
+def test_full_disk_at_the_end_leaves_no_half_model(tmp_path, monkeypatch):
+    import transformers
+
+    def full(self, folder, **kwargs):
+        Path(folder).mkdir()
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(OSError, match="the model could not be written.*No space left"):
+        sft.main([*SMALL, "--max-steps", "1", "--output", str(tmp_path / "out"), "--cache-dir",
+                  str(tmp_path / "cache")])
+    assert not list((tmp_path / "out").glob("*.safetensors")) and not (tmp_path / "out/export.writing").exists()
 
 
 def test_unknown_flags_and_values_are_refused(capsys):
