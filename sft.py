@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 import data
-from kernels import Group, LogProbs, layout, use_varlen
+from kernels import Group, LogProbs, layout, pick_backend, use_varlen
 
 PRESETS = {  # the paper's table as argparse defaults
     "demo": dict(model="demo", data=["demo:train"], eval_data=["demo:test"], epochs=4, batch_size=8,
@@ -577,6 +577,9 @@ def main(argv=None) -> dict:
         history = [m for m in map(json.loads, lines) if m["step"] <= first]
         (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in history))
     log(f"{n_parameters:,} parameters, {world} rank(s), {args.dtype}, ZeRO {args.zero}, from step {first}")
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    log(f"attention by {pick_backend(device, next(model.parameters()).dtype, softcap)}; an untrained model "
+        f"starts near ln V = {math.log(len(tokenizer)):.3f} nats a target")
     writers = reporters(args, out) if rank == 0 else []
     stop = []
     try:

@@ -299,6 +299,56 @@ def test_the_model_stays_an_ordinary_one(tmp_path):
                        spec.generate(x, max_new_tokens=4, do_sample=False))
 
 
+def step_figures(config, lengths, device, dtype, steps):
+    """One row of documents, forward and backward: tokens/s, MFU and peak memory. MFU = useful FLOPs (6 x
+    body parameters x tokens, head at targets, causal attention, nothing recomputed) / time / the rate of
+    a matmul measured here."""
+    import time
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = hf.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    use_varlen(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    logps, batch = LogProbs(model), layout(whole(random_ids(*lengths))).to(device)
+
+    def seconds(f, n):
+        f()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(n):
+            f()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - started) / n
+    a = torch.randn(*(2 * [8192 if device == "cuda" else 256]), device=device, dtype=dtype)
+    rate = 2 * len(a) ** 3 / seconds(lambda: a @ a, 10)
+    spent = seconds(lambda: (-logps(batch).mean()).backward(), steps)
+    head = config.vocab_size * config.hidden_size
+    body = sum(p.numel() for p in model.parameters()) - head * (1 if config.tie_word_embeddings else 2)
+    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    flops = 6 * body * sum(lengths) + 6 * head * len(batch.target) + \
+        6 * config.num_hidden_layers * width * sum(n * n for n in lengths)
+    return {"tokens_per_s": sum(lengths) / spent, "mfu": flops / spent / rate, "peak_gib":
+            torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else None}
+
+
+def test_step_figures_are_sane_on_a_small_model():
+    figures = step_figures(hf.LlamaConfig(**SIZE), [40, 20], "cpu", torch.float32, 2)
+    assert figures["tokens_per_s"] > 0 and 0 < figures["mfu"] < 1
+
+
+@pytest.mark.gpu
+def test_gemma_2b_shape_at_8192_tokens():
+    """Prints the figures (pytest -s); asserts only that they can be."""
+    config = hf.GemmaConfig(vocab_size=256002, hidden_size=2048, intermediate_size=16384, num_hidden_layers=18,
+                            num_attention_heads=8, num_key_value_heads=1, head_dim=256)
+    figures = step_figures(config, [1024, 2048, 512, 512, 4096], "cuda", torch.bfloat16, 5)
+    print(figures)
+    assert 0 < figures["mfu"] < 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("backend", ["flash-attn", "torch-varlen"])
