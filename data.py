@@ -589,7 +589,7 @@ def pack(lengths, max_length: int, packing: str = "bfd") -> Rows:
 
 
 # --------------------------------------------------------------------------------------------- demo
-DEMO_ROWS = {"train": 12000, "test": 400}
+DEMO_ROWS = {"train": 60000, "test": 400}
 
 
 def demo_tokenizer():
