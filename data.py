@@ -1,14 +1,16 @@
-"""Any conversation source becomes rows of ids and masks: sources, formats, template, dedup, packing.
+"""Any conversation or preference source becomes rows of ids and masks: formats, template, dedup, packing.
 
-One path for everything: source -> conversation -> rendered once -> tokenised once with offsets -> ids
-and a target mask from character spans -> exact dedup across sources -> packed rows. Nothing is dropped
-silently: duplicates, truncation and refused rows are counted by source and reason.
+One path for everything: source -> conversation (a pair: two that differ in their last turn) -> rendered
+once -> tokenised once with offsets -> ids and a target mask from character spans -> exact dedup across
+sources -> packed rows, or pairs with their common prompt. Nothing is dropped silently: duplicates,
+truncation and refused rows are counted by source and reason.
 
     python data.py show --data FILE.jsonl --model DIR      rows with the trained tokens marked
+    python data.py show --pairs                            both answers of preference pairs
     python data.py stats --data A.jsonl B.parquet=0.5      examples and tokens per source
 
-Sources: a Hub id, .jsonl / .jsonl.gz / .parquet / .csv, a save_to_disk folder, or `demo`; written
-NAME[:split][=fraction]. Formats are recognised by their columns (see FORMATS).
+Sources: a Hub id, .jsonl / .jsonl.gz / .parquet / .csv, a save_to_disk folder, `demo` or `demo-pairs`;
+written NAME[:split][=fraction]. Formats are recognised by their columns (see FORMATS, PAIR_FORMATS).
 """
 from __future__ import annotations
 
@@ -74,10 +76,12 @@ def local_kind(name: str) -> str | None:
 def load_source(source: Source):
     """The rows of a source, one after the other: (line or row number, dict)."""
     kind = local_kind(source.name)
-    if source.name == "demo":
-        if source.split not in DEMO_ROWS:
-            raise ValueError(f"--data demo:{source.split}: the splits are {', '.join(DEMO_ROWS)}")
-        yield from enumerate(demo_conversations(DEMO_ROWS[source.split], 0, source.split), 1)
+    if source.name in DEMO_ROWS:
+        sizes = DEMO_ROWS[source.name]
+        if source.split not in sizes:
+            raise ValueError(f"--data {source.name}:{source.split}: the splits are {', '.join(sizes)}")
+        make = demo_pairs if source.name == "demo-pairs" else demo_conversations
+        yield from enumerate(make(sizes[source.split], 0, source.split), 1)
     elif kind in (".jsonl", ".jsonl.gz"):
         yield from read_lines(source.name)
     elif kind == ".csv":
@@ -108,12 +112,21 @@ def fingerprint(source: Source) -> str:
         with open(path, "rb") as f:
             while block := f.read(1 << 22):
                 digest.update(block)
-    if not kind and source.name != "demo":
+    if not kind and source.name not in DEMO_ROWS:
         digest.update(load_table(source)._fingerprint.encode())
     return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------ formats
+class Pair(NamedTuple):
+    prompt: list[dict]             # [{role, content}], all that both answers follow
+    chosen: str                    # y_w
+    rejected: str                  # y_l
+    score_chosen: float | None = None
+    score_rejected: float | None = None
+    answer: str | None = None      # reference answer for exact match
+
+
 class Conversation(NamedTuple):
     messages: list[dict]           # [{role, content}]
     last_only: bool = False        # train the last assistant turn only (a preference row's chosen)
@@ -176,33 +189,74 @@ def from_question(row):
                         final_answer(answer) if isinstance(answer, str) and "####" in answer else None)
 
 
+def side(row, which: str) -> list[dict]:
+    """The whole conversation that ends in the `which` answer: chosen or rejected; prompt given or not."""
+    prompt, said = row.get("prompt"), row[which]
+    if isinstance(said, str):
+        if prompt is None or said.startswith(f"{prompt}\n\nAssistant:"):
+            return transcript(said)
+        return ask(prompt, said) if isinstance(prompt, str) else \
+            turns(prompt) + [{"role": "assistant", "content": said}]
+    said = turns(said)
+    if isinstance(prompt, str) and said and said[0]["role"] == "assistant":
+        said = [{"role": "user", "content": prompt}] + said
+    elif prompt is not None and not isinstance(prompt, str):
+        said = turns(prompt) + said
+    return said
+
+
 def from_preference(row):
     """prompt + chosen, its last turn as the target (the paper's 'SFT on chosen')."""
-    prompt, chosen = row.get("prompt"), row["chosen"]
-    if isinstance(chosen, str):
-        if prompt is None:
-            return Conversation(transcript(chosen), True)
-        messages = ask(prompt, chosen) if isinstance(prompt, str) else \
-            turns(prompt) + [{"role": "assistant", "content": chosen}]
-        return Conversation(messages, True)
-    chosen = turns(chosen)
-    if isinstance(prompt, str) and chosen and chosen[0]["role"] == "assistant":
-        chosen = [{"role": "user", "content": prompt}] + chosen
-    elif prompt is not None and not isinstance(prompt, str):
-        chosen = turns(prompt) + chosen
-    return Conversation(chosen, True)
+    return Conversation(side(row, "chosen"), True)
 
 
+def pair_from_preference(row):
+    """Two conversations that differ in their last turn, ratings kept. UltraFeedback, HH-RLHF, TRL's formats."""
+    chosen, rejected = side(row, "chosen"), side(row, "rejected")
+    if chosen[:-1] != rejected[:-1]:
+        raise ValueError("the histories of chosen and rejected differ")
+    if not chosen or not rejected or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
+        raise ValueError("an answer is missing")
+
+    def score(which):
+        found = [row[k] for k in (f"score_{which}", f"{which}_score", f"{which}-rating") if row.get(k) is not None]
+        return float(found[0]) if found else None
+    answer = row.get("answer")
+    return Pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], score("chosen"), score("rejected"),
+                None if answer is None else str(answer))
+
+
+def pair_from_solutions(row):
+    """GSM8K's example_model_solutions: a right solution against a wrong one, each drawn by a hash of the
+    question among those of its kind."""
+    made = {True: [], False: []}
+    for name in sorted(row):
+        if isinstance(row[name], dict) and "is_correct" in row[name]:
+            made[bool(row[name]["is_correct"])].append(row[name]["solution"])
+    if not made[True] or not made[False]:
+        raise ValueError("no right and wrong solution")
+    draw = hashlib.sha256(row["question"].encode()).digest()
+    right, wrong = (made[k][draw[i] % len(made[k])] for i, k in enumerate((True, False)))
+    return Pair([{"role": "user", "content": row["question"]}], right, wrong)
+
+
+def from_solutions(row):
+    pair = pair_from_solutions(row)
+    return Conversation(ask(row["question"], pair.chosen), True)
+
+
+PAIR_FORMATS = [({"chosen", "rejected"}, pair_from_preference),
+                ({"question", "ground_truth"}, pair_from_solutions)]
 FORMATS = [({"messages"}, from_messages), ({"conversations"}, from_sharegpt), ({"chosen"}, from_preference),
            ({"instruction", "output"}, from_instruction), ({"query", "response"}, from_query),
-           ({"question", "answer"}, from_question)]
+           ({"question", "answer"}, from_question), ({"question", "ground_truth"}, from_solutions)]
 
 
-def find_format(columns, where: str):
-    for needed, convert in FORMATS:
+def find_format(columns, where: str, formats=FORMATS):
+    for needed, convert in formats:
         if needed <= set(columns):
             return convert
-    known = "; ".join("+".join(sorted(needed)) for needed, _ in FORMATS)
+    known = "; ".join("+".join(sorted(needed)) for needed, _ in formats)
     raise ValueError(f"{where}: columns {sorted(columns)} are no known format. Known: {known}")
 
 
@@ -221,6 +275,16 @@ def to_conversation(row: dict) -> Conversation:
     if "assistant" not in said or (c.last_only and said[-1] != "assistant"):
         raise ValueError("no assistant turn")
     return c
+
+
+def to_pair(row: dict) -> Pair:
+    """A raw row of any known preference format, checked. ValueError(short reason) when it is refused."""
+    pair = find_format(row, "row", PAIR_FORMATS)(row)
+    for answer in (pair.chosen, pair.rejected):
+        to_conversation({"messages": pair.prompt + [{"role": "assistant", "content": answer}]})
+    if pair.chosen.strip() == pair.rejected.strip():
+        raise ValueError("chosen equals rejected")
+    return pair
 
 
 def final_answer(text: str) -> str:
@@ -346,6 +410,46 @@ def encode(conversation: Conversation, tokenizer, template: Template, *, max_len
     return Encoded(ids, targets, cut)
 
 
+class EncodedPair(NamedTuple):
+    prompt: list[int]              # x: what both answers share
+    chosen: list[int]              # y_w, with the tokens before it that straddle
+    rejected: list[int]
+    chosen_targets: list[bool]     # which tokens of `chosen` are scored
+    rejected_targets: list[bool]
+    cut: int                       # tokens cut from the prompt and from both answers
+
+
+def encode_pair(pair: Pair, tokenizer, template: Template, *, max_length: int | None = None,
+                max_prompt_length: int = 512) -> EncodedPair:
+    """Both conversations by `encode`, split where they may share.
+
+    x is the longest common token prefix that ends at or before both answers' first character; a token
+    that straddles (byte-level BPE merges the header's newline with an answer's) stays with its answer.
+
+    A pair whose longer side exceeds max_length loses prompt tokens after BOS from the left, no more than
+    needed and never below max_prompt_length prompt tokens, then the end of its answers; an EOS is never
+    forged. ValueError(short reason) when an answer has no target left or both became equal."""
+    sides = [encode(Conversation(pair.prompt + [{"role": "assistant", "content": y}], True), tokenizer, template)
+             for y in (pair.chosen, pair.rejected)]
+    ids, masks = [e.input_ids for e in sides], [e.targets for e in sides]
+    share = min(mask.index(True) for mask in masks)
+    share = next((i for i, (a, b) in enumerate(zip(ids[0][:share], ids[1])) if a != b), share)
+    cut = 0
+    if max_length:
+        over = max(map(len, ids)) - max_length
+        c = max(0, min(over, share - max_prompt_length))
+        a = 1 if template.bos else 0
+        before = sum(map(len, ids))
+        ids = [(y[:a] + y[a + c:])[:max_length] for y in ids]
+        masks = [(m[:a] + m[a + c:])[:max_length] for m in masks]
+        cut, share = before - sum(map(len, ids)), share - c
+    if not all(map(any, masks)):
+        raise ValueError("no answer token left after truncation" if cut else "no answer token")
+    if ids[0] == ids[1]:
+        raise ValueError("chosen equals rejected after truncation" if cut else "chosen equals rejected as tokens")
+    return EncodedPair(ids[0][:share], ids[0][share:], ids[1][share:], masks[0][share:], masks[1][share:], cut)
+
+
 # ------------------------------------------------------------------------------------------ prepare
 class Prepared(NamedTuple):
     dataset: object                # datasets.Dataset: input_ids, targets, length, n_targets, answer, ...
@@ -363,14 +467,19 @@ def canonical_hash(messages) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def with_system(messages: list[dict], key: str, probability: float, seed: int) -> list[dict]:
+    """An empty system turn in front with a probability; the draw hangs on seed and content alone."""
+    draw = int(hashlib.sha256(f"{seed} {key}".encode()).hexdigest()[:8], 16) / 2 ** 32
+    system = draw < probability and messages[0]["role"] != "system"
+    return [{"role": "system", "content": ""}] * system + messages
+
+
 def encode_row(row: dict, tokenizer, template, max_length, loss_on, empty_system, seed) -> dict:
     """One raw row for datasets.map: encoded, or with its reason of refusal."""
     try:
         c = to_conversation(json.loads(row["raw"]))
         key = canonical_hash(c.messages)
-        draw = int(hashlib.sha256(f"{seed} {key}".encode()).hexdigest()[:8], 16) / 2 ** 32
-        if draw < empty_system and c.messages[0]["role"] != "system":
-            c = c._replace(messages=[{"role": "system", "content": ""}] + c.messages)
+        c = c._replace(messages=with_system(c.messages, key, empty_system, seed))
         e = encode(c, tokenizer, template, max_length=max_length, loss_on=loss_on)
     except ValueError as error:
         return dict(input_ids=[], targets=[], length=0, n_targets=0, cut=0, turns=0, answer=None,
@@ -380,11 +489,43 @@ def encode_row(row: dict, tokenizer, template, max_length, loss_on, empty_system
                 messages_json=json.dumps(c.messages), key=key, reason="")
 
 
+PAIR_LISTS = ("prompt", "chosen", "rejected", "chosen_targets", "rejected_targets")
+
+
+def encode_pair_row(row: dict, tokenizer, template, max_length, max_prompt_length, empty_system, min_gap,
+                    seed) -> dict:
+    """One raw preference row for datasets.map; messages_json is the prompt and both answers."""
+    try:
+        pair = to_pair(json.loads(row["raw"]))
+        scores = [pair.score_chosen, pair.score_rejected]
+        if min_gap is not None and None in scores:
+            raise ValueError("no score, and --min-gap needs both")
+        if min_gap is not None and scores[0] - scores[1] < min_gap:
+            raise ValueError(f"score gap below --min-gap {min_gap:g}")
+        key = canonical_hash(pair.prompt + [{"role": w, "content": c} for w, c in
+                                            (("chosen", pair.chosen), ("rejected", pair.rejected))])
+        pair = pair._replace(prompt=with_system(pair.prompt, key, empty_system, seed))
+        e = encode_pair(pair, tokenizer, template, max_length=max_length, max_prompt_length=max_prompt_length)
+    except ValueError as error:
+        return {k: [] for k in PAIR_LISTS} | dict(
+            length=0, n_targets=0, cut=0, turns=0, answer=None, messages_json="", key="", reason=str(error),
+            score_chosen=None, score_rejected=None)
+    return e._asdict() | dict(
+        length=len(e.prompt) + len(e.chosen) + len(e.rejected), turns=len(pair.prompt) + 1, answer=pair.answer,
+        n_targets=sum(e.chosen_targets) + sum(e.rejected_targets), key=key, reason="",
+        messages_json=json.dumps([pair.prompt, pair.chosen, pair.rejected]),
+        score_chosen=scores[0], score_rejected=scores[1])
+
+
 def prepare(sources: list[str], tokenizer, template: Template, *, max_length: int | None,
             loss_on: str = "assistant", empty_system: float = 0.0, max_examples: int | None = None,
             seed: int = 42, bad_rows: str = "refuse", num_proc: int | None = None,
-            cache_dir: str | None = None) -> Prepared:
+            cache_dir: str | None = None, pairs: bool = False, max_prompt_length: int = 512,
+            min_gap: float | None = None) -> Prepared:
     """Sources -> encoded documents in a seeded order, deduplicated, memory-mapped, cached.
+
+    pairs: preference rows instead (columns PAIR_LISTS for input_ids and targets, and score_chosen,
+    score_rejected; `length` is that of x, y_w and y_l); duplicates are equal prompt, chosen and rejected.
 
     The cache's key hashes all that decides the content; entries are written aside and renamed. Raises
     one ValueError for missing files or unknown columns (naming them) and when no row is left."""
@@ -396,8 +537,8 @@ def prepare(sources: list[str], tokenizer, template: Template, *, max_length: in
         raise ValueError("\n".join(missing))
     folder = Path(cache_dir or Path.home() / ".cache" / "lions")
     decides = [[fingerprint(s) for s in parsed], tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
-               list(template), max_length, loss_on, empty_system, max_examples, seed,
-               Path(__file__).read_text()]
+               list(template), max_length, loss_on, empty_system, max_examples, seed, pairs,
+               [max_prompt_length, min_gap] if pairs else None, Path(__file__).read_text()]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
     final, stats_file = folder / key, folder / key / "stats.json"
     if stats_file.exists():
@@ -411,8 +552,10 @@ def prepare(sources: list[str], tokenizer, template: Template, *, max_length: in
     work = folder / f"{key}.{os.getpid()}.writing"
     shutil.rmtree(work, ignore_errors=True)
     try:
-        made = _prepare(parsed, tokenizer, template, max_length, loss_on, empty_system, max_examples, seed,
-                        bad_rows, num_proc, work)
+        settings = dict(tokenizer=tokenizer, template=template, max_length=max_length, empty_system=empty_system,
+                        seed=seed) | (dict(max_prompt_length=max_prompt_length, min_gap=min_gap) if pairs else
+                                      dict(loss_on=loss_on))
+        made = _prepare(parsed, settings, pairs, max_examples, seed, bad_rows, num_proc, work)
         made.dataset.save_to_disk(str(work / "done"))
         (work / "done" / "stats.json").write_text(json.dumps(made.stats))
         shutil.rmtree(final, ignore_errors=True)
@@ -422,8 +565,7 @@ def prepare(sources: list[str], tokenizer, template: Template, *, max_length: in
     return Prepared(datasets.load_from_disk(str(final)), made.stats, key)
 
 
-def _prepare(parsed, tokenizer, template, max_length, loss_on, empty_system, max_examples, seed, bad_rows,
-             num_proc, work) -> Prepared:
+def _prepare(parsed, settings, pairs, max_examples, seed, bad_rows, num_proc, work) -> Prepared:
     import datasets
 
     def raw_rows(index: int):
@@ -434,7 +576,7 @@ def _prepare(parsed, tokenizer, template, max_length, loss_on, empty_system, max
             taken[permutation(n_rows, seed)[:max(1, round(source.fraction * n_rows))]] = True
         for i, (n, row) in enumerate(load_source(source)):
             n_rows = max(n_rows, i + 1)
-            find_format(row, f"--data {source.name}:{n}")
+            find_format(row, f"--data {source.name}:{n}", PAIR_FORMATS if pairs else FORMATS)
             if source.fraction == 1 or taken[i]:
                 yield {"raw": json.dumps(row, default=str), "source": index, "row": n}
         if not n_rows:
@@ -455,16 +597,16 @@ def _prepare(parsed, tokenizer, template, max_length, loss_on, empty_system, max
     raw = datasets.concatenate_datasets(parts)
     features = datasets.Features(
         source=raw.features["source"], row=raw.features["row"], answer=datasets.Value("string"),
-        input_ids=datasets.List(datasets.Value("int32")), targets=datasets.List(datasets.Value("bool")),
+        **{k: datasets.List(datasets.Value("bool" if "targets" in k else "int32"))
+           for k in (PAIR_LISTS if pairs else ("input_ids", "targets"))},
+        **({k: datasets.Value("float64") for k in ("score_chosen", "score_rejected")} if pairs else {}),
         length=datasets.Value("int32"), n_targets=datasets.Value("int32"), cut=datasets.Value("int32"),
         turns=datasets.Value("int32"), messages_json=datasets.Value("string"), key=datasets.Value("string"),
         reason=datasets.Value("string"))
     workers = 1 if len(raw) < 2000 else num_proc or os.cpu_count()
-    done = raw.map(encode_row, fn_kwargs=dict(
-        tokenizer=tokenizer, template=template, max_length=max_length, loss_on=loss_on,
-        empty_system=empty_system, seed=seed), num_proc=workers if workers > 1 else None,
-        remove_columns=["raw"], features=features, desc="encode", new_fingerprint="encoded",
-        cache_file_name=str(work / "encoded.arrow"))
+    done = raw.map(encode_pair_row if pairs else encode_row, fn_kwargs=settings,
+                   num_proc=workers if workers > 1 else None, remove_columns=["raw"], features=features,
+                   desc="encode", new_fingerprint="encoded", cache_file_name=str(work / "encoded.arrow"))
 
     zero = dict(examples=0, tokens=0, targets=0, turns=0, duplicates=0, truncated=0, cut=0, refused=0)
     stats = {"sources": {}, "total": dict(zero)}
@@ -482,8 +624,9 @@ def _prepare(parsed, tokenizer, template, max_length, loss_on, empty_system, max
             kept.append(i)
     bad = [f"{where}: {reason} ({n} such row(s))" for line in lines for reason, (n, where) in
            line["reasons"].items()]
+    bad_rows = "stop" if any("--min-gap needs" in b for b in bad) else bad_rows
     if bad and (bad_rows == "stop" or not kept):
-        raise ValueError(("--data: no row is left" if not kept else "--bad-rows stop") + ":\n" + "\n".join(bad))
+        raise ValueError(("--data: no row is left" if not kept else "--data: stopped at bad rows") + ":\n" + "\n".join(bad))
     order = np.asarray(kept)[permutation(len(kept), seed)][:max_examples]
     done = done.select(order)
     for source, length, n, cut, t in zip(*(done[c] for c in ("source", "length", "n_targets", "cut", "turns"))):
@@ -589,7 +732,7 @@ def pack(lengths, max_length: int, packing: str = "bfd") -> Rows:
 
 
 # --------------------------------------------------------------------------------------------- demo
-DEMO_ROWS = {"train": 60000, "test": 400}
+DEMO_ROWS = {"demo": {"train": 60000, "test": 400}, "demo-pairs": {"train": 10000, "test": 400}}
 
 
 def demo_tokenizer():
@@ -631,6 +774,32 @@ def demo_conversations(n: int, seed: int = 0, split: str = "train") -> list[dict
     return rows
 
 
+def demo_wrong(rng: random.Random, right: str) -> str:
+    """A near miss: a number off by 1, 2 or 10, or a word with two letters swapped, one changed, lost or
+    doubled."""
+    while True:
+        if right.isdigit():
+            wrong = str(abs(int(right) + rng.choice([-10, -2, -1, 1, 2, 10])))
+        else:
+            i, j = rng.sample(range(len(right)), 2)
+            swapped = list(right)
+            swapped[i], swapped[j] = right[j], right[i]
+            wrong = rng.choice(["".join(swapped), "".join(swapped), right[:i] + rng.choice("abcdefgh") + right[i + 1:],
+                                right[:i] + right[i + 1:], right[:i] + right[i] + right[i:]])
+        if wrong != right:
+            return wrong
+
+
+def demo_pairs(n: int, seed: int = 0, split: str = "train") -> list[dict]:
+    """n preference rows on the demo's conversations: the right last answer against a near miss."""
+    rng, rows = random.Random(f"wrong {seed} {split}"), []
+    for row in demo_conversations(n, seed + 1, split):
+        *prompt, last = row["messages"]
+        rows.append({"prompt": prompt, "chosen": [last], "answer": row["answer"],
+                     "rejected": [{"role": "assistant", "content": demo_wrong(rng, last["content"])}]})
+    return rows
+
+
 # --------------------------------------------------------------------------------------------- main
 def marked(input_ids, targets, tokenizer, colour: bool) -> str:
     """Text of a row with its trained tokens in green, or between brackets where there is no colour."""
@@ -649,7 +818,9 @@ def marked(input_ids, targets, tokenizer, colour: bool) -> str:
 def main(argv=None) -> dict:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("command", choices=["show", "stats"])
-    p.add_argument("--data", nargs="+", default=["demo:train"], help="NAME[:split][=fraction], several")
+    p.add_argument("--data", nargs="+", help="NAME[:split][=fraction], several; None: the demo's")
+    p.add_argument("--pairs", action="store_true", help="read preference rows")
+    p.add_argument("--max-prompt-length", type=int, default=512, help="prompt tokens that a cut pair keeps")
     p.add_argument("--model", default="demo", help="whose tokenizer: Hub id, folder, or demo")
     p.add_argument("--chat-template", default="chatml", help="chatml, tokenizer or a jinja file")
     p.add_argument("--loss-on", choices=["assistant", "all"], default="assistant")
@@ -661,13 +832,20 @@ def main(argv=None) -> dict:
     from transformers import AutoTokenizer
     tokenizer = demo_tokenizer() if args.model == "demo" else AutoTokenizer.from_pretrained(args.model)
     template = set_template(tokenizer, args.chat_template)
-    made = prepare(args.data, tokenizer, template, max_length=args.max_length, loss_on=args.loss_on,
-                   cache_dir=args.cache_dir)
+    made = prepare(args.data or ["demo-pairs" if args.pairs else "demo"], tokenizer, template,
+                   max_length=args.max_length, loss_on=args.loss_on, cache_dir=args.cache_dir, pairs=args.pairs,
+                   max_prompt_length=args.max_prompt_length)
     if args.command == "show":
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         for r in made.dataset.select(range(min(args.n, len(made.dataset)))):
             print(f"--- source {r['source']}, row {r['row']}, {r['length']} tokens, {r['n_targets']} trained")
-            print(marked(r["input_ids"], r["targets"], tokenizer, colour))
+            sides = [(r["input_ids"], r["targets"])] if not args.pairs else \
+                [(r["prompt"] + r[k], [False] * len(r["prompt"]) + r[k + "_targets"]) for k in ("chosen", "rejected")]
+            for ids, targets in sides:
+                print(marked(ids, targets, tokenizer, colour))
+        return made.stats["total"]
+    if args.pairs:
+        print(stats_table(made.stats))
         return made.stats["total"]
     rows = pack(made.dataset["length"], args.max_length, args.packing)
     n_rows = len(rows.offsets) - 1

@@ -50,7 +50,7 @@ PRESETS = {  # the paper's table as argparse defaults
                        gradient_checkpointing=True, output="runs/llama-3-8b-sft")}
 # flags that cannot change the result, beyond rounding: a resumed run may change them
 FREE = {"micro_tokens", "save_every", "eval_every", "report_to", "num_proc", "cache_dir", "overwrite", "output",
-        "local_rank", "gradient_checkpointing", "offload", "eval_data", "eval_samples", "export_dtype",
+        "local_rank", "gradient_checkpointing", "offload", "eval_data", "eval_samples", "eval_prompts", "export_dtype",
         "max_new_tokens"}
 
 
@@ -89,19 +89,27 @@ def micro_batches(tokens, limit: int, ranks: int) -> list[list[list[int]]]:
 
 # ------------------------------------------------------------------------------------------ plumbing
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)
-    add = p.add_argument_group("model and data").add_argument
-    add("--preset", choices=list(PRESETS), help="the paper's settings; default: by --model, demo if none")
-    add("--model", help="Hub id or folder; 'demo' is a small random Llama made in code")
-    add("--data", nargs="+", help="NAME[:split][=fraction], several")
-    add("--eval-data", nargs="+", help="held-out sources, same form; None: no evaluation")
-    add("--chat-template", default="chatml", help="chatml, tokenizer (its own) or a jinja file")
-    add("--max-length", type=int, default=2048, help="tokens a row; longer documents are cut and counted")
+    p = stage_parser(__doc__, PRESETS)
+    add = p.add_argument_group("stage 1").add_argument
     add("--max-examples", type=int, help="first N of one seeded permutation; None: all")
     add("--packing", choices=["bfd", "concat", "none"], default="bfd")
     add("--loss-on", choices=["assistant", "all"], default="assistant", help="the loss mask")
     add("--loss-norm", choices=["token", "sequence"], default="token", help="weight of a target: 1 or 1/|y|")
+    add("--train-embeddings", choices=["all", "new"], default="all", help="new: only the template's rows")
+    return p
+
+
+def stage_parser(description: str, presets: dict) -> argparse.ArgumentParser:
+    """The flags that all stages share."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    add = p.add_argument_group("model and data").add_argument
+    add("--preset", choices=list(presets), help="the paper's settings; default: by --model, demo if none")
+    add("--model", help="Hub id or folder; 'demo' is a small random Llama made in code")
+    add("--data", nargs="+", help="NAME[:split][=fraction], several")
+    add("--eval-data", nargs="+", help="held-out sources, same form; None: no evaluation")
+    add("--chat-template", default="chatml", help="chatml, tokenizer (its own) or a jinja file")
+    add("--max-length", type=int, default=2048, help="tokens a row; longer ones are cut and counted")
     add("--empty-system", type=float, default=0.0, help="probability of an empty system turn where none is")
     add("--bad-rows", choices=["refuse", "stop"], default="refuse", help="count them, or stop at the first")
     add("--num-proc", type=int, help="processes that prepare data; None: all cores")
@@ -117,7 +125,6 @@ def parser() -> argparse.ArgumentParser:
     add("--eps", type=float, default=1e-8)
     add("--weight-decay", type=float, default=0.0)
     add("--clip", type=float, default=1.0, help="gradient norm")
-    add("--train-embeddings", choices=["all", "new"], default="all", help="new: only the template's rows")
     add("--seed", type=int, default=42)
     add = p.add_argument_group("memory and machines").add_argument
     add("--micro-tokens", type=int, help="tokens a micro-batch on a GPU; None: --max-length")
@@ -127,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False)
     add("--local_rank", "--local-rank", type=int, default=0, help="set by the deepspeed launcher")
     add = p.add_argument_group("output").add_argument
-    add("--output", help="folder of the run; None: runs/sft")
+    add("--output", help="folder of the run; None: the stage's, under runs/")
     add("--overwrite", action="store_true", help="delete --output first")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add("--eval-every", type=int, help="steps between evaluations; None: a quarter of the run")
@@ -138,8 +145,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def parse(argv=None, make=parser, presets=PRESETS):
-    """Flags over preset over defaults; every problem in one ValueError."""
+def parse(argv=None, make=parser, presets=PRESETS, check=None):
+    """Flags over preset over defaults; every problem in one ValueError. check(args): a stage's own problems."""
     p = make()
     first, _ = p.parse_known_args(argv)
     by_model = {v["model"]: k for k, v in presets.items()}
@@ -148,29 +155,33 @@ def parse(argv=None, make=parser, presets=PRESETS):
     args = p.parse_args(argv)
     print(f"preset: {name or 'none (defaults; no preset names this model)'}", file=sys.stderr)
     args.preset = name
-    args.output = args.output or "runs/sft"
     args.micro_tokens = args.micro_tokens or args.max_length
     args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
     args.zero = args.zero if args.zero is not None else int(args.dtype == "bf16")
-    positive = [f for f in ("max_length", "epochs", "batch_size", "lr", "micro_tokens", "save_every", "clip")
-                if not getattr(args, f) > 0]
-    why = [f"--{f.replace('_', '-')} {getattr(args, f)}: must be above 0" for f in positive]
-    why += [f"--{f.replace('_', '-')} {getattr(args, f)}: must be above 0, or left out"
-            for f in ("max_steps", "max_examples", "eval_every", "num_proc")
-            if getattr(args, f) is not None and getattr(args, f) <= 0]
-    why += [f"--{f.replace('_', '-')} {getattr(args, f)}: must lie in 0..1"
-            for f in ("warmup", "empty_system") if not 0 <= getattr(args, f) <= 1]
+    flag = lambda f: f"--{f.replace('_', '-')} {getattr(args, f)}"
+    why = [f"{flag(f)}: must be above 0" for f in (
+        "max_length", "epochs", "batch_size", "lr", "micro_tokens", "save_every", "clip") if not getattr(args, f) > 0]
+    why += [f"{flag(f)}: must be above 0, or left out" for f in (
+        "max_steps", "max_examples", "max_pairs", "eval_every", "num_proc")
+        if getattr(args, f, None) is not None and getattr(args, f) <= 0]
+    why += [f"{flag(f)}: must lie in 0..1" for f in ("warmup", "empty_system") if not 0 <= getattr(args, f) <= 1]
     if not args.data:
         why.append("--data: needed, no preset gives one for this model")
     if args.dtype == "bf16" and args.zero == 0:
         why.append("--zero 0 with --dtype bf16: would sum gradients in bf16; use --zero 1 or more")
     if args.offload and not args.zero:
         why.append("--offload: needs --zero 1 or more")
-    if args.train_embeddings == "new" and args.weight_decay:
-        why.append("--train-embeddings new with --weight-decay: decay would move the frozen rows; set it to 0")
+    why += (check or check_flags)(args)
     if why:
         raise ValueError("\n".join(why))
     return args
+
+
+def check_flags(args) -> list[str]:
+    args.output = args.output or "runs/sft"
+    if args.train_embeddings == "new" and args.weight_decay:
+        return ["--train-embeddings new with --weight-decay: decay would move the frozen rows; set it to 0"]
+    return []
 
 
 def init_distributed():
@@ -239,6 +250,10 @@ def load_model(args, tokenizer, new_ids):
         with torch.no_grad():
             for table in {model.get_input_embeddings(), model.get_output_embeddings()}:
                 table.weight[new_ids] = table.weight[old].mean(0)
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if bad:
+        raise ValueError(f"--model {args.model}: weights that are NaN or infinite in {', '.join(bad[:5])}; this run "
+                         "diverged or the file is damaged, take an earlier one")
     use_varlen(model, args.max_length)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -294,6 +309,14 @@ def save_checkpoint(engine, folder: Path, step: int, rank: int) -> None:
         for old in sorted(folder.glob("step-*"))[:-1]:
             shutil.rmtree(old)
     barrier()
+
+
+def clip_and_step(engine, zero: int) -> float:
+    """The optimiser's step, gradients clipped; returns their norm before. At ZeRO 0 DeepSpeed forgets it."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None]) \
+        if zero == 0 else None
+    engine.step()
+    return float(engine.get_global_grad_norm() if norm is None else norm)
 
 
 def load_checkpoint(engine, folder: Path) -> int:
@@ -416,24 +439,121 @@ def sample_responses(model, tokenizer, prompts: list, max_new_tokens: int, batch
     return out
 
 
-def plot_curves(path: Path, runs: dict[str, list[dict]]) -> None:
-    """Loss, learning rate and gradient norm over steps, one line a run, held-out loss as dots."""
+CURVES = {"loss": "loss (nats a target)", "lr": "learning rate", "grad_norm": "gradient norm"}
+
+
+def plot_curves(path: Path, runs: dict[str, list[dict]], curves: dict[str, str] = CURVES) -> None:
+    """One panel a metric over steps, one line a run; what was held out ("eval_" + metric) as dots."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
-    for name, rows in runs.items():
-        for ax, key in zip(axes, ("loss", "lr", "grad_norm")):
+    height = math.ceil(len(curves) / 3)
+    figure, axes = plt.subplots(height, 3, figsize=(13, 3.6 * height), constrained_layout=True, squeeze=False)
+    for ax, (key, title) in zip(axes.flat, curves.items()):
+        for name, rows in runs.items():
             seen = [(r["step"], r[key]) for r in rows if key in r]
-            ax.plot(*zip(*seen), label=name, lw=1)
-            ax.set(xlabel="optimiser step", title={"loss": "loss (nats a target)", "lr": "learning rate",
-                                                   "grad_norm": "gradient norm"}[key])
-        held = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
-        if held:
-            axes[0].plot(*zip(*held), "o", ms=4, label=f"{name}, held out")
-    axes[0].legend()
+            line, = ax.plot(*zip(*seen), label=name, lw=1) if seen else [None]
+            held = [(r["step"], r["eval_" + key]) for r in rows if "eval_" + key in r]
+            if held:
+                ax.plot(*zip(*held), "o--", ms=4, lw=0.8, label=f"{name}, held out")
+        ax.set(xlabel="optimiser step", title=title)
+    axes[0, 0].legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def useful_flops(model, tokens: float, targets: float, attended: float) -> float:
+    """FLOPs of forward and backward that the result needs: 6 a weight and token for the body, 6 a weight
+    of the head and target, 12 a layer, head width and (query, key) pair; recomputation not counted."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings().weight
+    size = getattr(head, "ds_numel", None) or head.numel()
+    total = sum(getattr(p, "ds_numel", None) or p.numel() for p in model.parameters())
+    body = total - size * (1 if config.tie_word_embeddings else 2)
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or
+                                          config.hidden_size // config.num_attention_heads)
+    return float(6 * body * tokens + 6 * size * targets + 12 * config.num_hidden_layers * width * attended)
+
+
+def spent_before(model: str, stage: str) -> dict:
+    """Steps, tokens and FLOPs that `stage` has spent on this model already: its run's cumulative figures."""
+    path = Path(model) / "run.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    spent = old.get("result", {}).get("cumulative", {}) if old.get("stage") == stage else {}
+    return {k: spent.get(k, 0) for k in ("steps", "tokens", "flops")}
+
+
+# --------------------------------------------------------------------------------------- a run's life
+class Run:
+    """What stands around a stage's step: checkpoints, run.json, metrics.jsonl, the bar, SIGTERM."""
+
+    def __init__(self, args, engine, ds_config: dict, stage: str, steps: int, rank: int, world: int, **info):
+        self.args, self.engine, self.rank, self.out, self.steps = args, engine, rank, Path(args.output), steps
+        self.started, self.history, self.writers, self.stop = time.time(), [], [], []
+        if rank == 0 and args.overwrite:                    # only now: everything that can be wrong was looked at
+            shutil.rmtree(self.out, ignore_errors=True)
+        torch.distributed.barrier()
+        self.first = load_checkpoint(engine, self.out / "checkpoints")
+        self.before = spent_before(args.model, stage)
+        if rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_json(self.out / "ds_config.json", ds_config)
+            import transformers
+            self.run = {"stage": stage, "flags": vars(args), "world": world, "git": git_commit(), **info,
+                        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+                        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+            write_json(self.out / "run.json", self.run)
+            lines = (self.out / "metrics.jsonl").read_text().splitlines() if self.first else []
+            self.history = [m for m in map(json.loads, lines) if m["step"] <= self.first]
+            (self.out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in self.history))
+            self.writers = reporters(args, self.out)
+        try:
+            signal.signal(signal.SIGTERM, lambda *_: self.stop.append(1))
+        except ValueError:
+            pass                                            # not in the main thread: nobody signals us
+        from tqdm import tqdm
+        self.bar = tqdm(total=steps, initial=self.first, disable=rank > 0, unit="step", dynamic_ncols=True)
+        self.clock, self.seen = time.time(), 0
+
+    def record(self, now: dict) -> None:
+        """A step's metrics into metrics.jsonl, the reporters and the bar."""
+        if self.rank == 0:
+            self.history.append(now)
+            with open(self.out / "metrics.jsonl", "a") as f:
+                f.write(json.dumps(now) + "\n")
+            for write in self.writers:
+                write(now)
+            self.bar.update()
+            self.bar.set_postfix_str(f"loss {now['loss']:.4f} lr {now['lr']:.1e} norm {now['grad_norm']:.2f} "
+                                     f"{now['tokens_per_s']:.0f} tok/s {now['gib']:.1f} GiB")
+
+    def save_if_due(self, step: int, stopping) -> dict | None:
+        """A checkpoint when it is time; what main returns when SIGTERM asked to stop, else None."""
+        if stopping or (step % self.args.save_every == 0 and step < self.steps):
+            save_checkpoint(self.engine, self.out / "checkpoints", step, self.rank)
+        if not stopping:
+            return None
+        self.bar.close()
+        if self.rank == 0:
+            print(f"SIGTERM: saved at step {step}; the same command goes on from here", file=sys.stderr)
+        return {"stopped": True, "steps": step, "output": str(self.out)} if self.rank == 0 else {}
+
+    def tokens_per_s(self, tokens: int) -> float:
+        self.seen += tokens
+        return self.seen / (time.time() - self.clock)
+
+    def total(self) -> dict:
+        """Steps, tokens and FLOPs of this run and of those of the same stage that it trains further."""
+        spent = dict(steps=self.steps, **{k: sum(m[k] for m in self.history) for k in ("tokens", "flops")})
+        return {k: self.before[k] + v for k, v in spent.items()}
+
+    def finish(self, result: dict, curves: dict = CURVES) -> dict:
+        """The picture and run.json with its result; then the checkpoints go."""
+        if self.rank == 0:
+            plot_curves(self.out / "curves.png", {self.out.name: self.history}, curves)
+            write_json(self.out / "run.json", self.run | {"result": result})
+            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+        torch.distributed.barrier()
+        return result if self.rank == 0 else {}
 
 
 # ---------------------------------------------------------------------------------------- SFT's data
@@ -452,7 +572,8 @@ class Packed:
         total = lambda x: np.add.reduceat(x, rows.offsets[:-1])
         self.tokens, self.targets = total(rows.end - rows.start), total(counts)
         self.weights = total(counts * self.weight)
-        self.counts = counts
+        size = (rows.end - rows.start).astype(float)
+        self.attended = total(size * (size + 1) / 2)                # (query, key) pairs
 
     def __len__(self):
         return len(self.rows.offsets) - 1
@@ -561,36 +682,14 @@ def main(argv=None) -> dict:
     n_parameters = sum(p.numel() for p in model.parameters())
     engine, ds_config = make_engine(args, LogProbs(model), world)
     engine.train()
-    if rank == 0 and args.overwrite:                        # only now: everything that can be wrong was looked at
-        shutil.rmtree(out, ignore_errors=True)
-    barrier()
-    first = load_checkpoint(engine, out / "checkpoints")
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "ds_config.json", ds_config)
-        import transformers
-        run = {"flags": vars(args), "world": world, "data": data_key, "parameters": n_parameters,
-               "git": git_commit(), "rows": len(train), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-               "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-        write_json(out / "run.json", run)
-        lines = (out / "metrics.jsonl").read_text().splitlines() if first else []
-        history = [m for m in map(json.loads, lines) if m["step"] <= first]
-        (out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in history))
-    log(f"{n_parameters:,} parameters, {world} rank(s), {args.dtype}, ZeRO {args.zero}, from step {first}")
+    run = Run(args, engine, ds_config, "sft", steps, rank, world, data=data_key, parameters=n_parameters,
+              rows=len(train))
+    log(f"{n_parameters:,} parameters, {world} rank(s), {args.dtype}, ZeRO {args.zero}, from step {run.first}")
     softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     log(f"attention by {pick_backend(device, next(model.parameters()).dtype, softcap)}; an untrained model "
         f"starts near ln V = {math.log(len(tokenizer)):.3f} nats a target")
-    writers = reporters(args, out) if rank == 0 else []
-    stop = []
-    try:
-        signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    except ValueError:
-        pass                                                # not in the main thread: nobody signals us
-
-    from tqdm import tqdm
-    bar = tqdm(total=steps, initial=first, disable=rank > 0, unit="step", dynamic_ncols=True)
-    clock, seen, loss = time.time(), 0, history[-1]["loss"] if rank == 0 and first else None
-    for step in range(first, steps):
+    loss = run.history[-1]["loss"] if run.history else None
+    for step in range(run.first, steps):
         # --- the step: every rank takes its micro-batches of the same global rows -----------------
         epoch, i = divmod(step, per_epoch)
         order = data.permutation(len(train), args.seed, epoch)
@@ -608,44 +707,29 @@ def main(argv=None) -> dict:
         lr = learning_rate(step, steps, args.lr, args.warmup, args.schedule)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        loss, stopping = all_sum([loss_sum.item(), len(stop)], device)
+        loss, stopping = all_sum([loss_sum.item(), len(run.stop)], device)
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {step + 1}: loss is {loss} on rows {wanted.tolist()}; weights "
                                      "of the last checkpoint are intact. Lower --lr or look at these rows")
-        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.parameters() if p.grad is not None]) \
-            if args.zero == 0 else None                     # ZeRO keeps its own, ZeRO 0 forgets it
-        engine.step()
+        norm = clip_and_step(engine, args.zero)
         # -------------------------------------------------------------------------------------------
         tokens = int(train.tokens[wanted].sum())
-        seen += tokens
-        norm = float(engine.get_global_grad_norm() if norm is None else norm)
-        now = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm,
-               "tokens": tokens, "targets": int(train.targets[wanted].sum()),
-               "tokens_per_s": seen / (time.time() - clock), "gib": peak_gib()}
+        now = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens,
+               "targets": int(train.targets[wanted].sum()), "tokens_per_s": run.tokens_per_s(tokens),
+               "gib": peak_gib(), "flops": useful_flops(model, tokens, train.targets[wanted].sum(),
+                                                        train.attended[wanted].sum())}
         if held_out is not None and ((step + 1) % eval_every == 0 or step + 1 == steps):
             now["eval_loss"] = evaluate_loss(engine, held, args.micro_tokens, rank, world)
-        if rank == 0:
-            history.append(now)
-            with open(out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps(now) + "\n")
-            for write in writers:
-                write(now)
-            bar.update()
-            bar.set_postfix_str(f"loss {loss:.4f} lr {lr:.1e} norm {norm:.2f} "
-                                f"{now['tokens_per_s']:.0f} tok/s {now['gib']:.1f} GiB")
-        if stopping or ((step + 1) % args.save_every == 0 and step + 1 < steps):
-            save_checkpoint(engine, out / "checkpoints", step + 1, rank)
-        if stopping:
-            bar.close()
-            log(f"SIGTERM: saved at step {step + 1}; the same command goes on from here")
-            return {"stopped": True, "steps": step + 1, "output": str(out)} if rank == 0 else {}
-    bar.close()
-    seconds = time.time() - clock
+        run.record(now)
+        if (stopped := run.save_if_due(step + 1, stopping)) is not None:
+            return stopped
+    run.bar.close()
+    seconds = time.time() - run.clock
 
     export(engine, tokenizer, template.end_of_turn_id, out, args.export_dtype, rank)
-    result = {"loss": loss, "steps": steps, "tokens_per_s": seen / seconds if seconds else None,
+    result = {"loss": loss, "steps": steps, "tokens_per_s": run.seen / seconds if seconds else None,
               "targets": int(train.targets.sum()), "fill": float(fill), "seconds": time.time() - started,
-              "exact_match": None, "output": str(out)}
+              "exact_match": None, "cumulative": run.total(), "output": str(out)}
     if held_out is not None:
         eval_loss = evaluate_loss(engine, held, args.micro_tokens, rank, world)
         unigram = unigram_nats(train_set, held_out, len(tokenizer))
@@ -658,13 +742,8 @@ def main(argv=None) -> dict:
             result["exact_match"], samples = exact_match(out, held_out, tokenizer, args, rank, world, device)
             if rank == 0:
                 (out / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
-    if rank == 0:
-        plot_curves(out / "curves.png", {out.name: history})
-        result["seconds"] = time.time() - started
-        write_json(out / "run.json", run | {"result": result})
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    barrier()
-    return result if rank == 0 else {}
+    result["seconds"] = time.time() - started
+    return run.finish(result)
 
 
 def reporters(args, out: Path) -> list:
