@@ -762,41 +762,46 @@ def demo_turn(rng: random.Random) -> tuple[str, str]:
     return f"{task} {word}", word[::-1] if task == "reverse" else "".join(sorted(word))
 
 
+def demo_slip(question: str, right: str) -> str:
+    """The demo's habitual mistake on a question: one too many (count), a carry forgotten or ten too many
+    (add), the last two different letters swapped (reverse, sort); in a word of one letter, one lost."""
+    if question.startswith("count"):
+        return str(int(right) + 1)
+    if question.startswith("add"):
+        a, b = (int(x) % 10 for x in question.split()[1:])
+        return str(int(right) - 10 if a + b >= 10 else int(right) + 10)
+    for i in range(len(right) - 2, -1, -1):
+        if right[i] != right[i + 1]:
+            return right[:i] + right[i + 1] + right[i] + right[i + 2:]
+    return right[1:]
+
+
+DEMO_SLIPS = 0.45                  # share of the demo's training turns answered with its habitual mistake
+
+
 def demo_conversations(n: int, seed: int = 0, split: str = "train") -> list[dict]:
     """n conversations with a reference answer, a quarter of them of 2 or 3 turns. A hash of the last
-    question decides its split, so that no held-out question is ever trained as a last one."""
+    question decides its split, so that no held-out question is ever trained as a last one. A share of the
+    training turns is answered wrong, as in data that nobody judged; held-out turns are all right."""
     rng, rows = random.Random(f"{seed} {split}"), []
     while len(rows) < n:
         said = [demo_turn(rng) for _ in range(rng.choice([1, 1, 1, 1, 1, 1, 2, 3]))]
         held = [hashlib.sha256(q.encode()).digest()[0] < 16 for q, _ in said]
+        slips = [split == "train" and rng.random() < DEMO_SLIPS for _ in said]
         if held[-1] if split == "test" else not any(held):
-            rows.append({"messages": [m for q, a in said for m in ask(q, a)], "answer": said[-1][1]})
+            rows.append({"messages": [m for (q, a), slip in zip(said, slips)
+                                      for m in ask(q, demo_slip(q, a) if slip else a)], "answer": said[-1][1]})
     return rows
 
 
-def demo_wrong(rng: random.Random, right: str) -> str:
-    """A near miss: a number off by 1, 2 or 10, or a word with two letters swapped, one changed, lost or
-    doubled."""
-    while True:
-        if right.isdigit():
-            wrong = str(abs(int(right) + rng.choice([-10, -2, -1, 1, 2, 10])))
-        else:
-            i, j = rng.sample(range(len(right)), 2)
-            swapped = list(right)
-            swapped[i], swapped[j] = right[j], right[i]
-            wrong = rng.choice(["".join(swapped), "".join(swapped), right[:i] + rng.choice("abcdefgh") + right[i + 1:],
-                                right[:i] + right[i + 1:], right[:i] + right[i] + right[i:]])
-        if wrong != right:
-            return wrong
-
-
 def demo_pairs(n: int, seed: int = 0, split: str = "train") -> list[dict]:
-    """n preference rows on the demo's conversations: the right last answer against a near miss."""
-    rng, rows = random.Random(f"wrong {seed} {split}"), []
+    """n preference rows: the demo's questions with the right last answer against the habitual mistake."""
+    rows = []
     for row in demo_conversations(n, seed + 1, split):
         *prompt, last = row["messages"]
-        rows.append({"prompt": prompt, "chosen": [last], "answer": row["answer"],
-                     "rejected": [{"role": "assistant", "content": demo_wrong(rng, last["content"])}]})
+        reply = lambda text: [{"role": "assistant", "content": text}]
+        rows.append({"prompt": prompt, "chosen": reply(row["answer"]), "answer": row["answer"],
+                     "rejected": reply(demo_slip(prompt[-1]["content"], row["answer"]))})
     return rows
 
 

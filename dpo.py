@@ -29,9 +29,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -198,7 +198,7 @@ def reference_logps(args, name: str, pairs: Pairs, tokenizer, new_ids, rank: int
     log(f"reference {name}: {len(keys) - len(missing)} of {len(keys)} pairs in {folder}, {len(missing)} to compute")
     if missing:
         missing.sort(key=lambda i: -pairs.tokens[i])
-        mine, made, saved, parts = missing[rank::world], {}, time.time(), 0
+        mine, made, saved = missing[rank::world], {}, time.time()
         model = sft.load_model(argparse_with(args, model=name, gradient_checkpointing=False), tokenizer, new_ids)
         logps = LogProbs(model.to(device, device_dtype).eval())
         from tqdm import tqdm
@@ -217,8 +217,8 @@ def reference_logps(args, name: str, pairs: Pairs, tokenizer, new_ids, rank: int
                 bar.update(b - a)
                 a = b
                 if time.time() - saved > save_seconds or a == len(mine):
-                    write_reference(folder / f"part-{os.getpid()}-{rank}-{parts}.safetensors", made)
-                    made, parts, saved = {}, parts + 1, time.time()
+                    write_reference(folder / f"part-{uuid.uuid4().hex}.safetensors", made)
+                    made, saved = {}, time.time()
         bar.close()
         del model, logps
         if device.type == "cuda":
