@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import dpo
 import sft
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,15 +22,34 @@ def test_table_names_the_line_of_each_function():
         assert (ROOT / file).read_text().splitlines()[int(line) - 1].startswith(f"def {name}("), (name, file)
 
 
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """What `python sft.py` leaves, after two steps."""
+    folder = tmp_path_factory.mktemp("sft")
+    sft.main(["--max-steps", "2", "--eval-samples", "0", "--output", str(folder / "run"), "--cache-dir",
+              str(folder / "cache")])
+    return str(folder / "run")
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith(("pip", "pytest"))])
-def test_command(command, tmp_path):
+def test_command(command, policy, tmp_path):
     """As written, but few steps into a temporary folder, and the demo model where a large one is named."""
     program, *args = command.split()
     if program == "deepspeed":
-        assert sft.parse(args[1:]).preset == "gemma-2b"
+        assert (dpo if args[0] == "dpo.py" else sft).PRESETS["gemma-2b"]["model"] == args[2]
         run = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", args[0]]
     else:
         run = [sys.executable, *args]
+    if args[0] == "dpo.py" and args[1:2] == ["sweep"]:
+        run += ["--max-steps", "2", "--preset", "demo", "--model", policy, "--output", str(tmp_path / "sweep"),
+                "--eval-samples", "8"]
+    elif args[0] == "dpo.py":
+        run = [x for x in run if x not in ("--model", "--ref", "--output", *args)] + ["dpo.py", "--preset", "demo"] \
+            if len(args) > 1 or program == "deepspeed" else run
+        run += ["--max-steps", "2", "--max-pairs", "64", "--eval-samples", "8", "--model", policy, "--output",
+                str(tmp_path / "run")]
+        if "--ref" in args:
+            run += ["--ref", policy]
     if args[0] == "sft.py":
         run += ["--max-steps", "2", "--eval-samples", "8", "--output", str(tmp_path / "run")]
     done = subprocess.run([*run, "--cache-dir", str(tmp_path / "cache")], cwd=ROOT, capture_output=True, text=True)
