@@ -510,7 +510,7 @@ def test_equals_trl(policy, tmp_path):
     with torch.enable_grad():
         theirs = trainer.compute_loss(trainer.model, batch)
         theirs.backward()
-    metrics = {k: v[-1] for k, v in trainer._metrics["train"].items()}
+    metrics = {k: v[-1] for mode in ("train", "eval") for k, v in trainer._metrics[mode].items()}
     grads = {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
 
     ours = copy.deepcopy(model)

@@ -44,10 +44,8 @@ def test_command(command, policy, tmp_path):
         run += ["--max-steps", "2", "--preset", "demo", "--model", policy, "--output", str(tmp_path / "sweep"),
                 "--eval-samples", "8"]
     elif args[0] == "dpo.py":
-        run = [x for x in run if x not in ("--model", "--ref", "--output", *args)] + ["dpo.py", "--preset", "demo"] \
-            if len(args) > 1 or program == "deepspeed" else run
-        run += ["--max-steps", "2", "--max-pairs", "64", "--eval-samples", "8", "--model", policy, "--output",
-                str(tmp_path / "run")]
+        run = run[:run.index("dpo.py") + 1] + ["--preset", "demo", "--model", policy, "--max-steps", "2", "--max-pairs",
+                                               "64", "--eval-samples", "8", "--output", str(tmp_path / "run")]
         if "--ref" in args:
             run += ["--ref", policy]
     if args[0] == "sft.py":
