@@ -103,15 +103,20 @@ def load_table(source: Source):
     return datasets.load_dataset(source.name, split=source.split)
 
 
+def hash_file(digest, path) -> None:
+    """A file's content into a hashlib digest, block by block."""
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            digest.update(block)
+
+
 def fingerprint(source: Source) -> str:
     """A hash of the source's content, so that a changed file is never served from a cache."""
     digest, kind = hashlib.sha256(repr(source).encode()), local_kind(source.name)
     paths = sorted(p for p in Path(source.name).rglob("*") if p.is_file()) if kind == "folder" else \
         [Path(source.name)] if kind else []
     for path in paths:
-        with open(path, "rb") as f:
-            while block := f.read(1 << 22):
-                digest.update(block)
+        hash_file(digest, path)
     if not kind and source.name not in DEMO_ROWS:
         digest.update(load_table(source)._fingerprint.encode())
     return digest.hexdigest()

@@ -26,6 +26,7 @@ Step 0 with the policy as reference: loss ln 2 = 0.6931, margin 0, accuracy 0. T
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -53,7 +54,7 @@ PRESETS = {  # the paper's table as argparse defaults
                        epochs=1, batch_size=128, max_length=2048, max_prompt_length=1024, lr=5e-7,
                        schedule="cosine", beta=0.01, zero=3, gradient_checkpointing=True, seed=27,
                        chat_template="tokenizer", output="runs/llama-3-8b-dpo")}
-CURVES = {"loss": "loss (dotted: ln 2 at step 0)", "margin": "reward margin r_w - r_l", "accuracy": "share of pairs r_w > r_l",
+CURVES = {"loss": "loss (ln 2 where policy = reference)", "margin": "reward margin r_w - r_l", "accuracy": "share of pairs r_w > r_l",
           "ratio_w": "log pi/pi_ref of chosen (nats)", "ratio_l": "log pi/pi_ref of rejected (nats)",
           "grad_norm": "gradient norm"}
 METRICS = ("loss", "margin", "accuracy", "reward_w", "reward_l", "logp_w", "logp_l", "ratio_w", "ratio_l")
@@ -141,9 +142,7 @@ def weights_hash(model: str) -> str:
         raise ValueError(f"{model}: no .safetensors file there; a model folder of sft.py or a Hub id is needed")
     for path in files:
         digest.update(path.name.encode())
-        with open(path, "rb") as f:
-            while block := f.read(1 << 22):
-                digest.update(block)
+        data.hash_file(digest, path)
     return digest.hexdigest()
 
 
@@ -177,18 +176,20 @@ def write_reference(path: Path, rows: dict[bytes, np.ndarray]) -> None:
     tmp.replace(path)
 
 
-def reference_logps(args, name: str, pairs: Pairs, tokenizer, new_ids, rank: int, world: int, device, log,
+def reference_logps(args, name: str, weights: str, pairs: Pairs, tokenizer, new_ids, rank: int, world: int, device, log,
                     save_seconds: float = 30.0) -> None:
     """Fill pairs.ref with log pi_ref of every pair, from the cache where it is there, else computed.
 
-    The file's key: the reference's weights, dtype, back end, layout and added tokens; a row's key: its ids
+    weights: `weights_hash(name)`. The file's key: the reference's weights, dtype, back end, layout and added tokens; a row's key: its ids
     and targets. Ranks take disjoint missing rows and write parts as they go, so that a killed pass goes
     on; at the end the file is whole or the run stops. Raises FloatingPointError naming rows whose log-probs are not
     finite."""
+    from tqdm import tqdm
+    from transformers import AutoConfig
     device_dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
-    config = __import__("transformers").AutoConfig.from_pretrained(name).get_text_config()
+    config = AutoConfig.from_pretrained(name).get_text_config()
     backend = pick_backend(device, device_dtype, getattr(config, "attn_logit_softcapping", None))
-    decides = [weights_hash(name), args.dtype, backend, device.type, "shared" if pairs.share else "plain", new_ids]
+    decides = [weights, args.dtype, backend, device.type, "shared" if pairs.share else "plain", new_ids]
     folder = Path(args.cache_dir or Path.home() / ".cache" / "lions") / "reference" / hashlib.sha256(
         json.dumps(decides).encode()).hexdigest()[:32]
     keys = pairs.keys()
@@ -201,7 +202,6 @@ def reference_logps(args, name: str, pairs: Pairs, tokenizer, new_ids, rank: int
         mine, made, saved = missing[rank::world], {}, time.time()
         model = sft.load_model(argparse_with(args, model=name, gradient_checkpointing=False), tokenizer, new_ids)
         logps = LogProbs(model.to(device, device_dtype).eval())
-        from tqdm import tqdm
         bar = tqdm(total=len(mine), disable=rank > 0, unit="pair", desc="reference", dynamic_ncols=True)
         limit, a = args.micro_tokens, 0
         with torch.no_grad():
@@ -326,22 +326,15 @@ def main(argv=None) -> dict:
     tokenizer, template = sft.load_tokenizer(args)
     new_ids = tokenizer.convert_tokens_to_ids(list(template.new_tokens))
 
-    def prepare(sources, pairs=True, max_examples=None):
-        if rank:
-            torch.distributed.barrier()                     # rank 0 fills the cache, the others read it
-        made = data.prepare(
-            sources, tokenizer, template, max_length=args.max_length, empty_system=args.empty_system,
-            max_examples=max_examples, seed=args.seed, bad_rows=args.bad_rows, num_proc=args.num_proc,
-            cache_dir=args.cache_dir, pairs=pairs, max_prompt_length=args.max_prompt_length, min_gap=args.min_gap)
-        if not rank:
-            torch.distributed.barrier()
-        log(data.stats_table(made.stats))
-        return made.dataset, made.key
-    train_set, data_key = prepare(args.data, max_examples=args.max_pairs)
-    held_set = prepare(args.eval_data)[0] if args.eval_data else None
-    prompts = prepare(args.eval_prompts, pairs=False)[0] if args.eval_prompts else None
-    own_ref = args.ref is None or weights_hash(args.ref) == weights_hash(args.model)
-    data_key += weights_hash(args.model)[:8] + ("" if own_ref else weights_hash(args.ref)[:8])
+    rows_of = functools.partial(sft.prepare_rows, args=args, tokenizer=tokenizer, template=template, rank=rank)
+    pairs_of = functools.partial(rows_of, pairs=True, max_prompt_length=args.max_prompt_length, min_gap=args.min_gap)
+    train_set, data_key = pairs_of(args.data, max_examples=args.max_pairs)
+    held_set = pairs_of(args.eval_data)[0] if args.eval_data else None
+    prompts = rows_of(args.eval_prompts)[0] if args.eval_prompts else None
+    weights = weights_hash(args.model)
+    ref_weights = weights_hash(args.ref) if args.ref else weights
+    own_ref = ref_weights == weights
+    data_key += weights[:8] + ("" if own_ref else ref_weights[:8])
     if not args.overwrite:
         sft.check_resume(args, out, world, data_key)
     share = not args.no_share_prompt
@@ -363,7 +356,7 @@ def main(argv=None) -> dict:
         if rows is None:
             continue
         seen = pairs if same else Pairs(other_tokens(rows, args, ref_tokenizer, ref_template), share)
-        reference_logps(args, ref_name, seen, ref_tokenizer, ref_new, rank, world, device, log)
+        reference_logps(args, ref_name, ref_weights, seen, ref_tokenizer, ref_new, rank, world, device, log)
         pairs.ref = seen.ref
 
     per_epoch = math.ceil(len(train) / args.batch_size)
@@ -471,7 +464,10 @@ def sweep(argv) -> dict:
         old = json.loads(path.read_text()) if path.exists() else {}
         print(f"sweep: run {k} of {len(args)}, {name}{' (finished)' if old.get('result') else ''}", file=sys.stderr)
         if old.get("result"):
-            check_same_flags(old["flags"], flags, path.parent)
+            changed = sft.changed_flags(old["flags"], sft.parse(flags, parser, PRESETS, check_flags))
+            if changed:
+                raise ValueError(f"{path.parent} was finished with other settings; name another --output:\n" +
+                                 "\n".join(changed))
             runs[name] = old["result"]
         else:
             runs[name] = main(flags)
@@ -491,14 +487,6 @@ def sweep(argv) -> dict:
     sft.write_json(out / "sweep.json", runs)
     return {"runs": len(runs), "output": str(out), "table": str(out / "sweep.md"), "plot": str(out / "sweep.png"),
             "scores": {name: r["score"] for name, r in runs.items()}}
-
-
-def check_same_flags(old: dict, flags: list[str], folder: Path) -> None:
-    now = json.loads(json.dumps(vars(sft.parse(flags, parser, PRESETS, check_flags))))
-    changed = [f"--{k.replace('_', '-')}: was {old.get(k)}, now {now[k]}" for k in sorted(now)
-               if k not in sft.FREE and old.get(k) != now[k]]
-    if changed:
-        raise ValueError(f"{folder} was finished with other settings; name another --output:\n" + "\n".join(changed))
 
 
 SWEPT = {"loss": "loss", "margin": "margin", "accuracy": "accuracy", "ratio_w": "log pi/pi_ref chosen",

@@ -23,6 +23,7 @@ Step 0 of a random model costs about ln V nats; the demo ends near 0.44, held ou
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -228,6 +229,19 @@ def load_tokenizer(args):
     return tokenizer, data.set_template(tokenizer, args.chat_template)
 
 
+def prepare_rows(sources, *, args, tokenizer, template, rank: int, **settings):
+    """data.prepare under a stage's flags: rank 0 fills the cache, the others read it. (dataset, its key)."""
+    if rank:
+        torch.distributed.barrier()
+    made = data.prepare(sources, tokenizer, template, max_length=args.max_length, empty_system=args.empty_system,
+                        seed=args.seed, bad_rows=args.bad_rows, num_proc=args.num_proc, cache_dir=args.cache_dir,
+                        **settings)
+    if rank == 0:
+        torch.distributed.barrier()
+        print(data.stats_table(made.stats), file=sys.stderr, flush=True)
+    return made.dataset, made.key
+
+
 def load_model(args, tokenizer, new_ids):
     """The model in fp32 with rows for new tokens (mean of the old ones), dropout off, varlen attention."""
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
@@ -336,14 +350,19 @@ def load_checkpoint(engine, folder: Path) -> int:
     return state["step"]
 
 
+def changed_flags(old: dict, args) -> list[str]:
+    """Flags that decide a result and differ from a run's stored ones, a line each."""
+    now = json.loads(json.dumps(vars(args)))
+    return [f"--{k.replace('_', '-')}: was {old.get(k)}, now {now[k]}"
+            for k in sorted(now) if k not in FREE and old.get(k) != now[k]]
+
+
 def check_resume(args, out: Path, world: int, data_key: str) -> None:
     """Refuse to continue a run whose result-flags or data differ, naming them."""
     if not (out / "run.json").exists():
         return
     old = json.loads((out / "run.json").read_text())
-    now = json.loads(json.dumps(vars(args)))
-    changed = [f"--{k.replace('_', '-')}: was {old['flags'].get(k)}, now {now[k]}"
-               for k in sorted(now) if k not in FREE and old["flags"].get(k) != now[k]]
+    changed = changed_flags(old["flags"], args)
     if old["world"] != world:
         changed.append(f"number of ranks: was {old['world']}, now {world}")
     if not changed and old.get("data") != data_key:
@@ -452,7 +471,8 @@ def plot_curves(path: Path, runs: dict[str, list[dict]], curves: dict[str, str] 
     for ax, (key, title) in zip(axes.flat, curves.items()):
         for name, rows in runs.items():
             seen = [(r["step"], r[key]) for r in rows if key in r]
-            line, = ax.plot(*zip(*seen), label=name, lw=1) if seen else [None]
+            if seen:
+                ax.plot(*zip(*seen), label=name, lw=1)
             held = [(r["step"], r["eval_" + key]) for r in rows if "eval_" + key in r]
             if held:
                 ax.plot(*zip(*held), "o--", ms=4, lw=0.8, label=f"{name}, held out")
@@ -488,7 +508,7 @@ class Run:
 
     def __init__(self, args, engine, ds_config: dict, stage: str, steps: int, rank: int, world: int, **info):
         self.args, self.engine, self.rank, self.out, self.steps = args, engine, rank, Path(args.output), steps
-        self.started, self.history, self.writers, self.stop = time.time(), [], [], []
+        self.history, self.writers, self.stop = [], [], []
         if rank == 0 and args.overwrite:                    # only now: everything that can be wrong was looked at
             shutil.rmtree(self.out, ignore_errors=True)
         torch.distributed.barrier()
@@ -638,22 +658,13 @@ def main(argv=None) -> dict:
     args = parse(argv)
     started, out = time.time(), Path(args.output)
     rank, world, device = init_distributed()
-    barrier = torch.distributed.barrier
     log = lambda *a: print(*a, file=sys.stderr, flush=True) if rank == 0 else None
 
     tokenizer, template = load_tokenizer(args)
 
-    def prepare(sources, max_examples=None):
-        if rank:
-            barrier()                                       # rank 0 fills the cache, the others read it
-        made = data.prepare(sources, tokenizer, template, max_length=args.max_length, loss_on=args.loss_on,
-                            empty_system=args.empty_system, max_examples=max_examples, seed=args.seed,
-                            bad_rows=args.bad_rows, num_proc=args.num_proc, cache_dir=args.cache_dir)
-        if not rank:
-            barrier()
-        log(data.stats_table(made.stats))
-        return made.dataset, made.key
-    train_set, data_key = prepare(args.data, args.max_examples)
+    prepare = functools.partial(prepare_rows, args=args, tokenizer=tokenizer, template=template, rank=rank,
+                                loss_on=args.loss_on)
+    train_set, data_key = prepare(args.data, max_examples=args.max_examples)
     held_out = prepare(args.eval_data)[0] if args.eval_data else None
     if not args.overwrite:
         check_resume(args, out, world, data_key)

@@ -11,11 +11,10 @@ the pairs, and 1x, 2x, 4x as long answers. share_of_matmul_rate = useful FLOPs (
 a 1024^3 matmul measured in the same run. The last line is JSON.
 """
 import argparse
+import functools
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -114,9 +113,8 @@ def main() -> dict:
             result = lions(Path(work), *("--" + f for f in rest if not f.endswith("jsonl")),
                            pairs=next((f for f in rest if f.endswith("jsonl")), "pairs.jsonl"))
         return result | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
-    import torch
     import data
-    from bench_sft import make_model
+    from bench_sft import make_model, matmul_rate, run_one
     usable, n = [], 0
     for _, row in data.read_lines(args.data):
         try:
@@ -126,14 +124,7 @@ def main() -> dict:
     print(f"{len(usable)} pairs, {n} refused", flush=True)
     usable = [usable[i] for i in data.permutation(len(usable), 0)]
 
-    def one(name, work, *rest):
-        done = subprocess.run([sys.executable, __file__, "--data", args.data, "--one", name, str(work), *rest],
-                              capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-        if done.returncode:
-            sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-        result = json.loads(done.stdout.splitlines()[-1])
-        print(f"{name:10} {' '.join(rest):32} {result['seconds']:8.2f} s  {result['peak_gb']:6.2f} GB", flush=True)
-        return result
+    one = functools.partial(run_one, __file__, args.data)
 
     def write(path, pairs, times=1):
         as_row = lambda p: {"prompt": p.prompt, **{k: [{"role": "assistant", "content": " ".join([getattr(p, k)] * times)}]
@@ -147,12 +138,7 @@ def main() -> dict:
             one("shared", work, *flags)
         seen, rates = {name: [] for name in CONTENDERS if not (args.skip_trl and name == "trl")}, []
         for _ in range(args.repeat):
-            a = torch.randn(1024, 1024)
-            a @ a
-            started = time.perf_counter()
-            for _ in range(50):
-                a @ a
-            rates.append(50 * 2 * 1024 ** 3 / (time.perf_counter() - started))
+            rates.append(matmul_rate())
             for name in seen:
                 seen[name].append(one(name, work))
         grow = {}

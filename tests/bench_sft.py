@@ -76,6 +76,28 @@ def trl(work: Path, packing: bool) -> dict:
     return {"seconds": time.perf_counter() - started, "tokens": trainer.state.num_input_tokens_seen}
 
 
+def matmul_rate() -> float:
+    """FLOPs a second of a 1024^3 float32 matmul, now."""
+    import torch
+    a = torch.randn(1024, 1024)
+    a @ a
+    started = time.perf_counter()
+    for _ in range(50):
+        a @ a
+    return 50 * 2 * 1024 ** 3 / (time.perf_counter() - started)
+
+
+def run_one(script: str, data_file: str, name: str, work: Path, *rest: str) -> dict:
+    """One contender in a process of its own: its figures, printed as a line too."""
+    done = subprocess.run([sys.executable, script, "--data", data_file, "--one", name, str(work), *rest],
+                          capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(f"{name:12} {' '.join(rest):32} {result['seconds']:8.2f} s  {result['peak_gb']:6.2f} GB", flush=True)
+    return result
+
+
 def main() -> dict:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", required=True, help="question/answer .jsonl or .jsonl.gz, GSM8K's format")
@@ -87,7 +109,6 @@ def main() -> dict:
     if args.one:
         result = contenders[args.one[0]](Path(args.one[1]))
         return result | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
-    import torch
     import data
     rows = [r for _, r in data.read_lines(args.data)]
     with tempfile.TemporaryDirectory() as work:
@@ -97,20 +118,9 @@ def main() -> dict:
         seen = {name: [] for name in contenders}
         rates = []
         for _ in range(args.repeat):
-            a = torch.randn(1024, 1024)
-            a @ a
-            started = time.perf_counter()
-            for _ in range(50):
-                a @ a
-            rates.append(50 * 2 * 1024 ** 3 / (time.perf_counter() - started))
+            rates.append(matmul_rate())
             for name in contenders:
-                done = subprocess.run([sys.executable, __file__, "--data", args.data, "--one", name, str(work)],
-                                      capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-                if done.returncode:
-                    sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-                seen[name].append(json.loads(done.stdout.splitlines()[-1]))
-                print(f"{name:12} {seen[name][-1]['seconds']:8.2f} s  {seen[name][-1]['peak_gb']:6.2f} GB",
-                      flush=True)
+                seen[name].append(run_one(__file__, args.data, name, work))
     middle = lambda name, key: statistics.median(x[key] for x in seen[name])
     ours = middle("lions", "seconds")
     return {"speedup_vs_trl_packed": middle("trl-packed", "seconds") / ours,
