@@ -481,6 +481,91 @@ def test_every_flag_is_read():
     assert not unread
 
 
+# ------------------------------------------------------------------------------------------------ GPU
+def pair_step_figures(config, device, dtype, n_pairs, max_length, prompt=(180, 200), answer=(250, 150), micro=8):
+    """One step over n_pairs of random lengths (mean, deviation), `micro` pairs a micro-batch: seconds of padded (stock
+    transformers, full logits), unpadded and shared, useful tokens/s and MFU of shared, peak GiB of each.
+    MFU = sft.useful_flops / time / the rate of a matmul measured here."""
+    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = build_on(config, dtype)
+    draw = lambda mean, sd: int(min(max(1, torch.randn(()).item() * sd + mean), max_length // 2))
+    groups = [kernels.Group(x, [w, l], [[True] * len(w), [True] * len(l)]) for x, w, l in
+              (random_ids(draw(*prompt), draw(*answer), draw(*answer)) for _ in range(n_pairs))]
+    parts, ref = [groups[i:i + micro] for i in range(0, n_pairs, micro)], torch.zeros(micro, device=device)
+
+    def timed(logps_of):
+        seconds = []
+        for _ in range(3):
+            model.zero_grad()
+            sync()
+            started = time.perf_counter()
+            for part in parts:
+                w, l = logps_of(part).unbind(1)
+                (dpo.dpo_loss(w, l, ref[:len(part)], ref[:len(part)], 0.1) / n_pairs).backward()
+            sync()
+            seconds.append(time.perf_counter() - started)
+        peak = torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else None
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        return min(seconds), peak
+
+    def padded(part):
+        docs = [(g.prompt + y, len(g.prompt)) for g in part for y in g.answers]
+        width = max(len(d) for d, _ in docs)
+        ids = torch.tensor([d + [0] * (width - len(d)) for d, _ in docs], device=device)
+        at = torch.arange(1, width, device=device)
+        inside = torch.stack([(at >= n) & (at < len(d)) for d, n in docs])
+        mask = (torch.arange(width, device=device) < torch.tensor([[len(d)] for d, _ in docs], device=device)).long()
+        z = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        return (z.gather(2, ids[:, 1:, None])[..., 0] * inside).sum(1).view(-1, 2)
+    model.set_attn_implementation("sdpa")
+    out = {"padded": timed(padded)}
+    kernels.use_varlen(model)
+    logps = kernels.LogProbs(model)
+    for name, share in (("unpadded", False), ("shared", True)):
+        out[name] = timed(lambda part: dpo.pair_logps(logps, kernels.layout(part, share).to(device), len(part)))
+    x, w, l = (torch.tensor([len(v) for v in vs]) for vs in zip(*((g.prompt, *g.answers) for g in groups)))
+    seen = lambda n: (n * (n + 1) / 2).sum()
+    tokens = (x + w + l).sum().item()
+    flops = sft.useful_flops(model, tokens, (w + l).sum().item(), (seen(x + w) + seen(x + l) - seen(x)).item())
+    a = torch.randn(*(2 * [8192 if device == "cuda" else 256]), device=device, dtype=dtype)
+    a @ a
+    sync()
+    started = time.perf_counter()
+    for _ in range(10):
+        a @ a
+    sync()
+    rate = 20 * len(a) ** 3 / (time.perf_counter() - started)
+    return {"seconds": {k: v[0] for k, v in out.items()}, "peak_gib": {k: v[1] for k, v in out.items()},
+            "tokens_per_s": tokens / out["shared"][0], "mfu": flops / out["shared"][0] / rate}
+
+
+def build_on(config, dtype):
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def test_pair_step_figures_are_sane_on_a_small_model():
+    figures = pair_step_figures(FAMILIES["llama"](), "cpu", torch.float32, 4, 60, (10, 5), (10, 5), 2)
+    assert min(figures["seconds"].values()) > 0 and 0 < figures["mfu"] < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prompt, answer", [((180, 200), (250, 150)), ((125, 100), (48, 30))], ids=["ultrafeedback", "hh"])
+def test_gemma_2b_shape_128_pairs(prompt, answer):
+    """Prints the figures (pytest -s); asserts only that they can be."""
+    from transformers import GemmaConfig
+    config = GemmaConfig(vocab_size=256002, hidden_size=2048, intermediate_size=16384, num_hidden_layers=18,
+                         num_attention_heads=8, num_key_value_heads=1, head_dim=256)
+    figures = pair_step_figures(config, "cuda", torch.bfloat16, 128, 2048, prompt, answer, 4)
+    print(figures)
+    assert 0 < figures["mfu"] < 1
+
+
 # ------------------------------------------------------------------------------------------------ TRL
 def test_equals_trl(policy, tmp_path):
     """Per-pair log-probs, loss, rewards and the gradient, against TRL's DPOTrainer on the same pairs."""
