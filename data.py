@@ -212,7 +212,8 @@ def side(row, which: str) -> list[dict]:
 
 def from_preference(row):
     """prompt + chosen, its last turn as the target (the paper's 'SFT on chosen')."""
-    return Conversation(side(row, "chosen"), True)
+    answer = row.get("answer")
+    return Conversation(side(row, "chosen"), True, None if answer is None else str(answer))
 
 
 def pair_from_preference(row):

@@ -319,7 +319,11 @@ def main(argv=None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["sweep"]:
         return sweep(argv[1:])
-    args = sft.parse(argv, parser, PRESETS, check_flags)
+    return train_on_pairs(sft.parse(argv, parser, PRESETS, check_flags))
+
+
+def train_on_pairs(args) -> dict:
+    """A whole DPO run from checked flags (`sft.parse`); the result that main prints, {} on ranks above 0."""
     started, out = time.time(), Path(args.output)
     rank, world, device = sft.init_distributed()
     log = lambda *a: print(*a, file=sys.stderr, flush=True) if rank == 0 else None

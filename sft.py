@@ -33,9 +33,11 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 from kernels import Group, LogProbs, layout, pick_backend, use_varlen
@@ -350,19 +352,19 @@ def load_checkpoint(engine, folder: Path) -> int:
     return state["step"]
 
 
-def changed_flags(old: dict, args) -> list[str]:
+def changed_flags(old: dict, args, free=FREE) -> list[str]:
     """Flags that decide a result and differ from a run's stored ones, a line each."""
     now = json.loads(json.dumps(vars(args)))
     return [f"--{k.replace('_', '-')}: was {old.get(k)}, now {now[k]}"
-            for k in sorted(now) if k not in FREE and old.get(k) != now[k]]
+            for k in sorted(now) if k not in free and old.get(k) != now[k]]
 
 
-def check_resume(args, out: Path, world: int, data_key: str) -> None:
-    """Refuse to continue a run whose result-flags or data differ, naming them."""
+def check_resume(args, out: Path, world: int, data_key: str, free=FREE) -> None:
+    """Refuse to continue a run whose result-flags (all but `free`) or data differ, naming them."""
     if not (out / "run.json").exists():
         return
     old = json.loads((out / "run.json").read_text())
-    changed = changed_flags(old["flags"], args)
+    changed = changed_flags(old["flags"], args, free)
     if old["world"] != world:
         changed.append(f"number of ranks: was {old['world']}, now {world}")
     if not changed and old.get("data") != data_key:
@@ -439,23 +441,143 @@ def export(engine, tokenizer, end_of_turn_id: int, folder: Path, dtype: str, ran
     torch.distributed.barrier()
 
 
+class Answer(NamedTuple):
+    prompt: int                    # index into the prompts
+    sample: int                    # which of the prompt's K
+    text: str                      # without the end of turn; other special tokens show
+    ids: list[int]                 # as sampled, with the end of turn
+    finished: bool                 # False: max_new_tokens came first
+
+
+def prompt_ids(tokenizer, messages) -> list[int]:
+    """Messages up to and with the header of the answer to come."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def answer_of(ids: list[int], prompt: int, sample: int, stops: set[int], tokenizer) -> Answer:
+    finished = bool(ids) and ids[-1] in stops
+    return Answer(prompt, sample, tokenizer.decode(ids[:-1] if finished else ids), ids, finished)
+
+
+def pick_token(logits, uniform, temperature: float, top_p: float):
+    """One token a row by the inverse of the cumulative distribution. logits (B, V), uniform (B,) in [0, 1)
+    -> (B,) int64. temperature 0: the likeliest. top_p: of the smallest set of likeliest tokens that holds at
+    least top_p (Holtzman et al. 1904.09751). Probabilities 1/2, 1/4, 1/4 and uniform 0.6 give token 1."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, token = torch.softmax(logits.double() / temperature, -1), None                   # (B, V)
+    if top_p < 1:
+        p, token = p.sort(descending=True, stable=True)
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
+    total = p.cumsum(-1)
+    at = torch.searchsorted(total, uniform[:, None] * total[:, -1:], right=True).clamp(max=p.shape[-1] - 1)   # (B, 1)
+    return (at if token is None else token.gather(1, at))[:, 0]
+
+
+def roomy_cache():
+    """A transformers cache that writes in place, with room to spare: its own copies all keys at every token."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class Roomy(DynamicLayer):
+        room = 0                                            # tokens the storage behind keys and values holds
+
+        def update(self, keys, values, *args, **kwargs):
+            if not self.is_initialized:
+                self.lazy_initialization(keys, values)
+                self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+            n, m = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
+            if m > self.room:
+                self.room = m + 64
+                self.store = [F.pad(x, (0, 0, 0, self.room - n)) for x in (self.keys, self.values)]
+            for store, new in zip(self.store, (keys, values)):
+                store[:, :, n:m] = new
+            self.keys, self.values = (store[:, :, :m] for store in self.store)
+            return self.keys, self.values
+
+        def replace(self, change, other=None):
+            """keys and values x -> change(x, the other layer's)."""
+            self.keys, self.values = (change(x, y) for x, y in zip(
+                (self.keys, self.values), (other.keys, other.values) if other else (None, None)))
+            self.store, self.room = None, 0
+    return Cache(layer_class_to_replicate=Roomy)
+
+
 @torch.no_grad()
-def sample_responses(model, tokenizer, prompts: list, max_new_tokens: int, batch_size: int = 64) -> list[str]:
-    """Greedy answers to prompts (lists of messages), as text without the end of turn.
-    Left-padded batches of prompts of like length; model is a plain transformers model."""
-    texts = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in prompts]
-    ids = [tokenizer(t, add_special_tokens=False).input_ids for t in texts]
-    order, out = sorted(range(len(ids)), key=lambda i: len(ids[i])), [""] * len(ids)
-    pad, model = model.generation_config.pad_token_id, model.eval()
-    for a in range(0, len(order), batch_size):
-        part = order[a:a + batch_size]
-        width = max(len(ids[i]) for i in part)
-        x = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in part], device=model.device)
-        mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in part], device=model.device)
-        y = model.generate(input_ids=x, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens)
-        for i, answer in zip(part, tokenizer.batch_decode(y[:, width:], skip_special_tokens=True)):
-            out[i] = answer
-    return out
+def sample_responses(model, tokenizer, prompts: list, max_new_tokens: int, *, samples: int = 1, temperature: float = 0.0,
+                     top_p: float = 1.0, seeds: list[int] | None = None, done=frozenset(), rows: int = 64):
+    """`samples` answers to each prompt (a list of messages), one Answer after the other as they finish.
+
+    Padded on the left, at most `rows` answers at once, and what is done makes room for what waits; a prompt is
+    computed once for all its answers. Sample k of prompt i draws its numbers from (seeds[i], k): neither `rows`
+    nor neighbours nor what is already there (`done`: (i, k) to leave out) change it, beyond rounding.
+    model: a plain transformers model whose generation_config names the ends of turn."""
+    model, stops = model.eval(), model.generation_config.eos_token_id
+    stops = set(stops if isinstance(stops, list) else [stops])
+    ids = {i: prompt_ids(tokenizer, m) for i, m in enumerate(prompts)}
+    waiting = [(i, k) for i in sorted(ids, key=lambda i: -len(ids[i])) for k in range(samples) if (i, k) not in done]
+    waiting.reverse()                                       # taken from the end, the longest prompts first
+    cache = mask = logits = None                            # of the R rows in work: mask (R, W), logits (R, V)
+    live = []                                               # [i, k, numbers, tokens so far]; tokens None: done
+    while waiting or live:
+        free = rows - sum(x[3] is not None for x in live)
+        if free and (waiting or free == rows) and (not live or free >= rows // 8) or \
+                len(live) - (rows - free) > len(live) // 8:
+            # --- rows that are done leave, waiting ones come in ---------------------------------------
+            keep = [r for r, x in enumerate(live) if x[3] is not None]
+            live = [live[r] for r in keep]
+            if live:
+                keep = torch.tensor(keep, device=model.device)
+                mask, logits = mask[keep], logits[keep]
+                first = int(mask.any(0).float().argmax())   # columns that are padding in every row go
+                mask = mask[:, first:]
+                for layer in cache.layers:
+                    if layer.is_initialized:
+                        layer.replace(lambda x, _: x[keep, :, first:])
+            new = [waiting.pop() for _ in range(min(free, len(waiting)))]
+            if new:
+                once = list(dict.fromkeys(i for i, _ in new))
+                width = max(len(ids[i]) for i in once)
+                x = torch.tensor([[0] * (width - len(ids[i])) + ids[i] for i in once], device=model.device)
+                m = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in once], device=model.device)
+                fresh = roomy_cache()
+                start = model(input_ids=x, attention_mask=m, position_ids=(m.cumsum(1) - 1).clamp(min=0),
+                              past_key_values=fresh, use_cache=True, logits_to_keep=1).logits[:, -1]    # (P, V)
+                at = torch.tensor([once.index(i) for i, _ in new], device=model.device)
+                wide = max(width, mask.shape[1]) if live else width
+                pad = lambda x, w: F.pad(x, (wide - w, 0))
+                if live:
+                    old = mask.shape[1]
+                    both = lambda x, y: torch.cat([F.pad(x, (0, 0, wide - old, 0)), F.pad(y[at], (0, 0, wide - width, 0))])
+                    mask, logits = torch.cat([pad(mask, old), pad(m[at], width)]), torch.cat([logits, start[at]])
+                    for layer, other in zip(cache.layers, fresh.layers):
+                        if layer.is_initialized:
+                            layer.replace(both, other)
+                else:
+                    cache, mask, logits = fresh, m[at], start[at]
+                    for layer in cache.layers:
+                        if layer.is_initialized:
+                            layer.replace(lambda x, _: x[at])
+                for i, k in new:
+                    key = [seeds[i] if seeds else 0, k]
+                    numbers = np.random.Generator(np.random.Philox(key=key)).random(max_new_tokens) if temperature else None
+                    live.append([i, k, numbers, []])
+            if not live:
+                break
+        # --- one token for every row -------------------------------------------------------------------
+        uniform = torch.tensor([0.0 if x[3] is None or x[2] is None else x[2][len(x[3])] for x in live],
+                               dtype=torch.float64, device=model.device)
+        token = pick_token(logits, uniform, temperature, top_p)                         # (R,)
+        for x, t in zip(live, token.tolist()):
+            if x[3] is not None:
+                x[3].append(t)
+                if t in stops or len(x[3]) == max_new_tokens:
+                    yield answer_of(x[3], x[0], x[1], stops, tokenizer)
+                    x[3] = None
+        if any(x[3] is not None for x in live):
+            mask = F.pad(mask, (0, 1), value=1)
+            logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                           past_key_values=cache, use_cache=True).logits[:, -1]
 
 
 CURVES = {"loss": "loss (nats a target)", "lr": "learning rate", "grad_norm": "gradient norm"}
@@ -647,9 +769,10 @@ def exact_match(folder, dataset, tokenizer, args, rank, world, device) -> tuple[
     mine = rows[rank::world]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     prompts = [json.loads(r["messages_json"])[:-1] for r in mine]
-    answers = sample_responses(model, tokenizer, prompts, args.max_new_tokens)
-    right = sum(data.final_answer(a) == r["answer"] for a, r in zip(answers, mine))
-    samples = [{"prompt": p, "answer": a, "reference": r["answer"]} for p, a, r in zip(prompts, answers, mine)]
+    answers = sorted(sample_responses(model, tokenizer, prompts, args.max_new_tokens))
+    samples = [{"prompt": p, "answer": a.text, "reference": r["answer"], "correct": data.final_answer(a.text) == r["answer"]}
+               for p, a, r in zip(prompts, answers, mine)]
+    right = sum(s["correct"] for s in samples)
     return all_sum([right], device)[0] / len(rows), samples
 
 

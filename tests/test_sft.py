@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import data
 import kernels
 import sft
+from test_kernels import FAMILIES, build, random_ids
 
 SMALL = ["--data", "demo:test", "--eval-data", "demo:test", "--max-length", "128", "--batch-size", "6",
          "--eval-samples", "0", "--lr", "1e-3"]
@@ -333,3 +336,70 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 if __name__ == "__main__":
     variants(sys.argv[1], *json.loads(sys.argv[2]))
+
+
+# ----------------------------------------------------------------------------------------- sampling
+class Plain:
+    """Stands in for a tokenizer: messages are ids already, text is the list of ids."""
+    apply_chat_template = staticmethod(lambda messages, **_: messages)
+    __call__ = staticmethod(lambda text, **_: SimpleNamespace(input_ids=text))
+    decode = staticmethod(list)
+
+
+def sampled(model, prompts, *args, **kwargs):
+    return {(a.prompt, a.sample): a.ids for a in sft.sample_responses(model, Plain(), prompts, *args, **kwargs)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_equal_generate_one_at_a_time(family):
+    """Prompts of 1 to 30 tokens (beyond every window), rows coming and going, stops at any of 12 tokens."""
+    model = build(FAMILIES[family](), scale=2.0)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = list(range(2, 14)), 0
+    prompts = random_ids(17, 1, 30, 5, 5, 12, 9, 21, 2)
+    alone = {(i, 0): model.generate(torch.tensor([x]), do_sample=False, max_new_tokens=24)[0, len(x):].tolist()
+             for i, x in enumerate(prompts)}
+    assert len({len(x) for x in alone.values()}) > 1            # rows leave at different times
+    for rows in (1, 3, 64):
+        assert sampled(model, prompts, 24, rows=rows) == alone
+
+
+def test_a_sample_hangs_on_its_seed_alone():
+    """Neither the rows in work, nor neighbours, nor what is done already changes sample k of prompt i."""
+    model = build(FAMILIES["llama"](), scale=2.0)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = [2, 3, 4, 5, 6, 7], 0
+    prompts, how = random_ids(17, 1, 30, 5), dict(samples=5, temperature=0.8, top_p=0.9)
+    spec = sampled(model, prompts, 20, seeds=[7, 8, 9, 10], rows=64, **how)
+    assert len(spec) == 20 and len({tuple(x) for x in spec.values()}) > 12
+    assert sampled(model, prompts, 20, seeds=[7, 8, 9, 10], rows=3, **how) == spec
+    assert sampled(model, prompts[2:], 20, seeds=[9, 10], **how) == {(i - 2, k): x for (i, k), x in spec.items() if i > 1}
+    done = {(0, 0), (0, 1), (3, 4), (2, 2)}
+    assert sampled(model, prompts, 20, seeds=[7, 8, 9, 10], done=done, **how) == {
+        k: x for k, x in spec.items() if k not in done}
+    assert sampled(model, prompts, 20, seeds=[1, 8, 9, 10], **how) != spec
+    finished = {(a.prompt, a.sample): a for a in sft.sample_responses(model, Plain(), prompts, 20, seeds=[7, 8, 9, 10], **how)}
+    for a in finished.values():
+        assert a.finished == (a.ids[-1] < 8) and (a.finished or len(a.ids) == 20)
+        assert a.text == (a.ids[:-1] if a.finished else a.ids)
+
+
+def test_pick_token_by_hand():
+    """Probabilities 1/2, 1/4, 1/4 (log 2, 0, 0). Uniform below 1/2: token 0; below 3/4: 1; above: 2. Temperature
+    1/2 squares them to 2/3, 1/6, 1/6. top_p 0.5 keeps the first alone, 0.6 the first two: 2/3, 1/3."""
+    logits = torch.tensor([[math.log(2), 0.0, 0.0]])
+    pick = lambda u, t=1.0, p=1.0: sft.pick_token(logits, torch.tensor([u], dtype=torch.float64), t, p).item()
+    assert [pick(u) for u in (0.0, 0.49, 0.51, 0.74, 0.76, 1 - 1e-16)] == [0, 0, 1, 1, 2, 2]
+    assert [pick(u, 0.5) for u in (0.66, 0.67, 0.84)] == [0, 1, 2]
+    assert [pick(u, 1.0, 0.5) for u in (0.0, 0.999)] == [0, 0]
+    assert [pick(u, 1.0, 0.6) for u in (0.66, 0.67, 0.999)] == [0, 1, 1]
+    assert pick(0.999, 0.0) == 0
+
+
+def test_pick_token_draws_the_distribution():
+    """100,000 draws over 5 tokens: frequencies within 4 standard errors, tokens outside top_p never."""
+    logits, n = torch.tensor([[2.0, -1.0, 0.5, 1.0, -30.0]]), 100_000
+    u = torch.from_numpy(np.random.Generator(np.random.Philox(key=[1, 2])).random(n))
+    for top_p, allowed in ((1.0, [0, 1, 2, 3, 4]), (0.95, [0, 3, 2]), (0.9, [0, 3])):
+        p = torch.zeros(5, dtype=torch.float64)
+        p[allowed] = torch.softmax(logits[0, allowed].double() / 0.7, 0)
+        seen = torch.bincount(sft.pick_token(logits.expand(n, 5), u, 0.7, top_p), minlength=5) / n
+        assert ((seen - p).abs() <= 4 * (p * (1 - p) / n).sqrt() + 1e-12).all()
