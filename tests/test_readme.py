@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import dpo
+import online_dpo
 import sft
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,8 +36,10 @@ def policy(tmp_path_factory):
 def test_command(command, policy, tmp_path):
     """As written, but few steps into a temporary folder, and the demo model where a large one is named."""
     program, *args = command.split()
+    judge = tmp_path / "judge.py"                           # two steps of SFT answer nothing right: any difference will do
+    judge.write_text("def score(prompt, answers, reference):\n    return [sum(map(ord, a)) % 97 for a in answers]\n")
     if program == "deepspeed":
-        assert (dpo if args[0] == "dpo.py" else sft).PRESETS["gemma-2b"]["model"] == args[2]
+        assert {"dpo.py": dpo, "online_dpo.py": online_dpo, "sft.py": sft}[args[0]].PRESETS["gemma-2b"]["model"] == args[2]
         run = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", args[0]]
     else:
         run = [sys.executable, *args]
@@ -48,6 +51,10 @@ def test_command(command, policy, tmp_path):
                                                "64", "--eval-samples", "8", "--output", str(tmp_path / "run")]
         if "--ref" in args:
             run += ["--ref", policy]
+    if args[0] == "online_dpo.py":
+        run = run[:run.index("online_dpo.py") + 1] + [
+            "--preset", "demo", "--model", policy, "--max-steps", "2", "--max-prompts", "32", "--truncated-can-win",
+            "--eval-samples", "8", "--max-new-tokens", "8", "--judge", f"python:{judge}:score", "--output", str(tmp_path / "run")]
     if args[0] == "sft.py":
         run += ["--max-steps", "2", "--eval-samples", "8", "--output", str(tmp_path / "run")]
     done = subprocess.run([*run, "--cache-dir", str(tmp_path / "cache")], cwd=ROOT, capture_output=True, text=True)
