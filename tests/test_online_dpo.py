@@ -25,7 +25,7 @@ import sft
 
 JUDGE = "def score(prompt, answers, reference):\n    return [sum(map(ord, a)) % 97 for a in answers]\n"
 RUN = ["--preset", "demo", "--data", "demo:test", "--eval-data", "demo-pairs:test=0.1", "--eval-samples", "8", "--max-prompts", "40",
-       "--max-new-tokens", "8", "--samples", "3", "--truncated-can-win", "--max-steps", "2", "--kl-prompts", "4",
+       "--max-new-tokens", "8", "--samples", "3", "--iterations", "1", "--truncated-can-win", "--max-steps", "2", "--kl-prompts", "4",
        "--sampling-rows", "16"]
 
 

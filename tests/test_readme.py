@@ -53,7 +53,7 @@ def test_command(command, policy, tmp_path):
             run += ["--ref", policy]
     if args[0] == "online_dpo.py":
         run = run[:run.index("online_dpo.py") + 1] + [
-            "--preset", "demo", "--model", policy, "--max-steps", "2", "--max-prompts", "32", "--truncated-can-win",
+            "--preset", "demo", "--model", policy, "--max-steps", "2", "--max-prompts", "32", "--iterations", "1", "--truncated-can-win",
             "--eval-samples", "8", "--max-new-tokens", "8", "--judge", f"python:{judge}:score", "--output", str(tmp_path / "run")]
     if args[0] == "sft.py":
         run += ["--max-steps", "2", "--eval-samples", "8", "--output", str(tmp_path / "run")]
