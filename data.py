@@ -170,9 +170,13 @@ def transcript(text: str) -> list[dict]:
             for who, said in zip(parts[1::2], parts[2::2])]
 
 
+def reference(row) -> str | None:
+    """The row's reference answer for exact match, where it has one."""
+    return None if row.get("answer") is None else str(row["answer"])
+
+
 def from_messages(row):
-    answer = row.get("answer")
-    return Conversation(turns(row["messages"]), False, None if answer is None else str(answer))
+    return Conversation(turns(row["messages"]), False, reference(row))
 
 
 def from_sharegpt(row):
@@ -212,8 +216,7 @@ def side(row, which: str) -> list[dict]:
 
 def from_preference(row):
     """prompt + chosen, its last turn as the target (the paper's 'SFT on chosen')."""
-    answer = row.get("answer")
-    return Conversation(side(row, "chosen"), True, None if answer is None else str(answer))
+    return Conversation(side(row, "chosen"), True, reference(row))
 
 
 def pair_from_preference(row):
@@ -227,9 +230,8 @@ def pair_from_preference(row):
     def score(which):
         found = [row[k] for k in (f"score_{which}", f"{which}_score", f"{which}-rating") if row.get(k) is not None]
         return float(found[0]) if found else None
-    answer = row.get("answer")
     return Pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], score("chosen"), score("rejected"),
-                None if answer is None else str(answer))
+                reference(row))
 
 
 def pair_from_solutions(row):

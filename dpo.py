@@ -422,7 +422,7 @@ def train_on_pairs(args) -> dict:
     if prompts is not None and args.eval_samples:
         result["exact_match"], samples = sft.exact_match(out, prompts, tokenizer, args, rank, world, device)
         if rank == 0:
-            (out / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+            sft.write_rows(out / "samples.jsonl", samples)
     result["seconds"] = time.time() - started
     return run.finish(result, CURVES)
 

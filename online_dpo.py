@@ -429,10 +429,9 @@ def sample_continuously(model, tokenizer, prompts, max_new_tokens: int, *, sampl
     """`sft.sample_responses` by transformers' continuous batching (paged keys and values): Answers as they finish.
     The default on CUDA. Its draws hang on the order of the requests: a restart samples the missing ones anew."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
+    stops = sft.stop_tokens(model.generation_config)
     how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature else dict(do_sample=False)
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, **how,
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), **how,
                               pad_token_id=model.generation_config.pad_token_id)
     memory = {} if model.device.type == "cuda" else dict(max_memory_percent=0.05)   # of the free memory, on a CPU
     wanted = [(i, k) for i in range(len(prompts)) for k in range(samples) if (i, k) not in done]
@@ -450,7 +449,7 @@ def sample_continuously(model, tokenizer, prompts, max_new_tokens: int, *, sampl
                 if r.error:
                     raise ValueError(f"--engine hf: continuous batching: {r.error}; try --batching padded")
                 left.discard(r.request_id)
-                yield sft.answer_of(r.generated_tokens, *map(int, r.request_id.split(".")), set(stops), tokenizer)
+                yield sft.answer_of(r.generated_tokens, *map(int, r.request_id.split(".")), stops, tokenizer)
 
 
 def answers_of(args, policy: str, tokenizer, rows: list[dict], done: set, device, iteration: int):
@@ -465,19 +464,20 @@ def answers_of(args, policy: str, tokenizer, rows: list[dict], done: set, device
             text, finished, tokens = chat(args.base_url, {
                 "model": args.served_model or policy, "messages": prompts[i], "temperature": args.temperature,
                 "top_p": args.top_p, "max_tokens": args.max_new_tokens, "seed": (seeds[i] + k) % 2 ** 31}, args, "--base-url")
-            return sft.Answer(i, k, text, [0] * tokens, finished)
+            return sft.Answer(i, k, text, [0] * tokens, finished)       # a server tells how many ids, not which
         yield from (a for _, a in in_parallel(ask, wanted, args.concurrency))
     elif args.engine == "vllm":
+        from transformers import GenerationConfig
         from vllm import LLM, SamplingParams
         engine = LLM(model=policy, dtype="bfloat16" if args.dtype == "bf16" else "float32")
-        stops = sorted(stop_ids(policy))
+        stops = sft.stop_tokens(GenerationConfig.from_pretrained(policy))
         for a in range(0, len(wanted), 256):
             part = wanted[a:a + 256]
             made = engine.generate([{"prompt_token_ids": sft.prompt_ids(tokenizer, prompts[i])} for i, _ in part], [
                 SamplingParams(temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens,
-                               seed=(seeds[i] + k) % 2 ** 31, stop_token_ids=stops) for i, k in part], use_tqdm=False)
+                               seed=(seeds[i] + k) % 2 ** 31, stop_token_ids=sorted(stops)) for i, k in part], use_tqdm=False)
             for (i, k), r in zip(part, made):
-                yield sft.answer_of(list(r.outputs[0].token_ids), i, k, set(stops), tokenizer)
+                yield sft.answer_of(list(r.outputs[0].token_ids), i, k, stops, tokenizer)
         del engine
     else:
         from transformers import AutoModelForCausalLM
@@ -494,29 +494,21 @@ def answers_of(args, policy: str, tokenizer, rows: list[dict], done: set, device
         torch.cuda.empty_cache()
 
 
-def stop_ids(policy: str) -> set[int]:
-    from transformers import GenerationConfig
-    stops = GenerationConfig.from_pretrained(policy).eos_token_id
-    return set(stops if isinstance(stops, list) else [stops])
-
-
 # ---------------------------------------------------------------------------------------- files that grow
-def read_growing(folder: Path, pattern: str, repair: bool = False) -> list[dict]:
-    """Whole lines of all files. A last line without its newline (the process died in it) is no line; repair cuts it."""
-    rows = []
-    for path in sorted(folder.glob(pattern)):
-        raw = path.read_bytes()
-        whole = raw.rfind(b"\n") + 1
-        if repair and whole < len(raw):
-            os.truncate(path, whole)
-        rows += [json.loads(x) for x in raw[:whole].split(b"\n") if x]
+def read_growing(folder: Path, pattern: str) -> list[dict]:
+    """Whole lines of all files. A last line without its newline (the process died in it) is no line."""
+    lines = (x for path in sorted(folder.glob(pattern)) for x in path.read_bytes().split(b"\n")[:-1])
+    return [json.loads(x) for x in lines]
+
+
+def resume_growing(folder: Path, name: str, rank: int) -> list[dict]:
+    """All rows on disk, the same on every rank; rank 0 cuts torn last lines off, before anyone appends."""
+    for path in folder.glob(f"{name}-*.jsonl") if rank == 0 else ():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    torch.distributed.barrier()
+    rows = read_growing(folder, f"{name}-*.jsonl")
+    torch.distributed.barrier()
     return rows
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    tmp = path.with_suffix(".writing")
-    tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    tmp.replace(path)
 
 
 # ------------------------------------------------------------------------------------------ one iteration
@@ -550,27 +542,12 @@ def read_prompts(args, tokenizer, template, rank: int, log) -> tuple[list[dict],
     return list(rows.values()), key
 
 
-def grow(folder: Path, name: str, rank: int) -> object:
-    """The file that this rank appends to, after rank 0 has cut torn last lines off; all ranks have read by then."""
-    return open(folder / f"{name}-{rank}.jsonl", "a")
-
-
-def fill(folder: Path, name: str, rank: int) -> list[dict]:
-    """All rows on disk, torn lines cut off by rank 0; the same on every rank."""
-    if rank == 0:
-        read_growing(folder, f"{name}-*.jsonl", repair=True)
-    torch.distributed.barrier()
-    rows = read_growing(folder, f"{name}-*.jsonl")
-    torch.distributed.barrier()                             # all have read before anyone writes
-    return rows
-
-
 def sample_phase(args, folder: Path, policy: str, tokenizer, rows, rank, world, device, iteration) -> dict:
     """Every missing answer of every prompt, appended to answers-RANK.jsonl; returns seconds and tokens of this process."""
     from tqdm import tqdm
     started = time.time()
     at = {r["key"]: i for i, r in enumerate(rows)}
-    there = {(at[a["key"]], a["sample"]) for a in fill(folder, "answers", rank)}
+    there = {(at[a["key"]], a["sample"]) for a in resume_growing(folder, "answers", rank)}
     total = len(rows) * args.samples
     open_rows = [i for i in range(len(rows)) if any((i, k) not in there for k in range(args.samples))]
     mine = open_rows[rank::world]
@@ -579,7 +556,7 @@ def sample_phase(args, folder: Path, policy: str, tokenizer, rows, rank, world, 
                desc=f"sample ({total} in all)", dynamic_ncols=True)
     tokens = 0
     if mine:
-        with grow(folder, "answers", rank) as file:
+        with open(folder / f"answers-{rank}.jsonl", "a") as file:
             for a in answers_of(args, policy, tokenizer, [rows[i] for i in mine], done, device, iteration):
                 file.write(json.dumps({"key": rows[mine[a.prompt]]["key"], "sample": a.sample, "text": a.text,
                                        "tokens": len(a.ids), "finished": a.finished}) + "\n")
@@ -608,14 +585,14 @@ def judge_phase(args, folder: Path, rows: list[dict], rank, world, device) -> tu
     """Scores of every prompt's answers, appended to scores-RANK.jsonl: (P, K), and seconds of this process."""
     from tqdm import tqdm
     started, at = time.time(), {r["key"]: i for i, r in enumerate(rows)}
-    there = {at[s["key"]] for s in fill(folder, "scores", rank)}
+    there = {at[s["key"]] for s in resume_growing(folder, "scores", rank)}
     mine = [i for i in range(len(rows)) if i not in there][rank::world]
     failed = ""
     if mine:
         try:
             judge = load_judge(args, device)
             bar = tqdm(total=len(mine), disable=rank > 0, unit="prompt", desc=f"judge {args.judge}", dynamic_ncols=True)
-            with grow(folder, "scores", rank) as file:
+            with open(folder / f"scores-{rank}.jsonl", "a") as file:
                 for a in range(0, len(mine), 16):
                     part = [rows[i] for i in mine[a:a + 16]]
                     for row, s in zip(part, score_responses(judge, part, args.judge)):
@@ -669,7 +646,7 @@ def iterate(args, iteration: int, policy: str, all_rows, tokenizer, template, ra
     rows = [all_rows[i] for i in order]
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_rows(folder / "prompts.jsonl", rows)
+        sft.write_rows(folder / "prompts.jsonl", rows)
     torch.distributed.barrier()
     log(f"iteration {iteration}: {len(rows)} prompts x {args.samples} samples of {policy}")
     phases = {"sample": sample_phase(args, folder, policy, tokenizer, rows, rank, world, device, iteration)}
@@ -683,29 +660,28 @@ def iterate(args, iteration: int, policy: str, all_rows, tokenizer, template, ra
             f"{k} {v}" for k, v in counts.items()) + ". Answers and scores are kept. A higher --temperature, more "
             "--samples or --max-new-tokens, or another judge (with another --output) may tell answers apart")
     if rank == 0:
-        write_rows(folder / "pairs.jsonl", pairs)
+        sft.write_rows(folder / "pairs.jsonl", pairs)
     torch.distributed.barrier()
-    done = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
-    started = time.time()
-    trained = done.get("result") or dpo.train_on_pairs(dpo.argparse_with(
-        args, model=policy, ref=None, data=[str(folder / "pairs.jsonl"), *args.mix], output=str(folder), empty_system=0.0,
-        min_gap=None, overwrite=False, **dict.fromkeys(FREE - sft.FREE)))    # free here, free there
-    if trained.get("stopped") or (rank and not trained and not json.loads((folder / "run.json").read_text()).get("result")):
+    started, run = time.time(), folder / "run.json"
+    trained = lambda: json.loads(run.read_text()).get("result") if run.exists() else None
+    if not trained():
+        dpo.train_on_pairs(dpo.argparse_with(
+            args, model=policy, ref=None, data=[str(folder / "pairs.jsonl"), *args.mix], output=str(folder), empty_system=0.0,
+            min_gap=None, overwrite=False, **dict.fromkeys(FREE - sft.FREE)))    # free here, free there
+    if not (trained := trained()):                          # SIGTERM
         return {"stopped": True, "iteration": iteration, "output": str(folder)}
-    phases["train"] = {"seconds": time.time() - started, "tokens": json.loads((folder / "run.json").read_text())[
-        "result"]["cumulative"]["tokens"]}
-    report = {}
+    phases["train"] = {"seconds": time.time() - started, "tokens": trained["cumulative"]["tokens"]}
     if rank == 0:
         after = kl_to_reference(args, str(folder), policy, rows, tokenizer, device) if args.kl_prompts else {}
-        report = summary(rows, scores, counts, tokenizer) | after | {
+        report = summary(rows, scores, counts) | after | {
             "iteration": iteration, "policy": policy, "output": str(folder), "pick": counts, "phases": phases,
             **{k: trained.get(k) for k in ("exact_match", "loss", "eval_loss", "accuracy", "eval_accuracy", "pairs", "steps")}}
         sft.write_json(folder / "report.json", report)
     torch.distributed.barrier()
-    return report if rank == 0 else json.loads((folder / "report.json").read_text())
+    return json.loads((folder / "report.json").read_text())
 
 
-def summary(rows, scores, counts: dict, tokenizer) -> dict:
+def summary(rows, scores, counts: dict) -> dict:
     """What an iteration's answers, scores and pairs look like: shares in 0..1, lengths in tokens."""
     n, k = scores.shape
     length = np.array([[a["tokens"] for a in r["answers"]] for r in rows], dtype=float)

@@ -408,6 +408,13 @@ def write_json(path: Path, value) -> None:
     tmp.rename(path)
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Rows as JSON lines, written aside and renamed."""
+    tmp = path.with_suffix(".writing")
+    tmp.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    tmp.rename(path)
+
+
 def export(engine, tokenizer, end_of_turn_id: int, folder: Path, dtype: str, rank: int) -> None:
     """An ordinary Hugging Face folder from the fp32 masters, whatever the ZeRO stage."""
     from deepspeed.utils import safe_get_full_fp32_param
@@ -453,6 +460,12 @@ def prompt_ids(tokenizer, messages) -> list[int]:
     """Messages up to and with the header of the answer to come."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def stop_tokens(generation_config) -> set[int]:
+    """The ends of turn that a generation config names, one id or a list of them."""
+    stops = generation_config.eos_token_id
+    return set(stops if isinstance(stops, list) else [stops])
 
 
 def answer_of(ids: list[int], prompt: int, sample: int, stops: set[int], tokenizer) -> Answer:
@@ -512,17 +525,16 @@ def sample_responses(model, tokenizer, prompts: list, max_new_tokens: int, *, sa
     computed once for all its answers. Sample k of prompt i draws its numbers from (seeds[i], k): neither `rows`
     nor neighbours nor what is already there (`done`: (i, k) to leave out) change it, beyond rounding.
     model: a plain transformers model whose generation_config names the ends of turn."""
-    model, stops = model.eval(), model.generation_config.eos_token_id
-    stops = set(stops if isinstance(stops, list) else [stops])
+    model, stops = model.eval(), stop_tokens(model.generation_config)
     ids = {i: prompt_ids(tokenizer, m) for i, m in enumerate(prompts)}
     waiting = [(i, k) for i in sorted(ids, key=lambda i: -len(ids[i])) for k in range(samples) if (i, k) not in done]
     waiting.reverse()                                       # taken from the end, the longest prompts first
     cache = mask = logits = None                            # of the R rows in work: mask (R, W), logits (R, V)
     live = []                                               # [i, k, numbers, tokens so far]; tokens None: done
     while waiting or live:
-        free = rows - sum(x[3] is not None for x in live)
-        if free and (waiting or free == rows) and (not live or free >= rows // 8) or \
-                len(live) - (rows - free) > len(live) // 8:
+        over = sum(x[3] is None for x in live)
+        free = rows - len(live) + over
+        if waiting and free >= max(1, rows // 8) or over > len(live) // 8:
             # --- rows that are done leave, waiting ones come in ---------------------------------------
             keep = [r for r, x in enumerate(live) if x[3] is not None]
             live = [live[r] for r in keep]
@@ -544,12 +556,12 @@ def sample_responses(model, tokenizer, prompts: list, max_new_tokens: int, *, sa
                 start = model(input_ids=x, attention_mask=m, position_ids=(m.cumsum(1) - 1).clamp(min=0),
                               past_key_values=fresh, use_cache=True, logits_to_keep=1).logits[:, -1]    # (P, V)
                 at = torch.tensor([once.index(i) for i, _ in new], device=model.device)
-                wide = max(width, mask.shape[1]) if live else width
-                pad = lambda x, w: F.pad(x, (wide - w, 0))
                 if live:
                     old = mask.shape[1]
+                    wide = max(width, old)
                     both = lambda x, y: torch.cat([F.pad(x, (0, 0, wide - old, 0)), F.pad(y[at], (0, 0, wide - width, 0))])
-                    mask, logits = torch.cat([pad(mask, old), pad(m[at], width)]), torch.cat([logits, start[at]])
+                    mask = torch.cat([F.pad(mask, (wide - old, 0)), F.pad(m[at], (wide - width, 0))])
+                    logits = torch.cat([logits, start[at]])
                     for layer, other in zip(cache.layers, fresh.layers):
                         if layer.is_initialized:
                             layer.replace(both, other)
@@ -646,7 +658,7 @@ class Run:
             write_json(self.out / "run.json", self.run)
             lines = (self.out / "metrics.jsonl").read_text().splitlines() if self.first else []
             self.history = [m for m in map(json.loads, lines) if m["step"] <= self.first]
-            (self.out / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in self.history))
+            write_rows(self.out / "metrics.jsonl", self.history)
             self.writers = reporters(args, self.out)
         try:
             signal.signal(signal.SIGTERM, lambda *_: self.stop.append(1))
@@ -875,7 +887,7 @@ def main(argv=None) -> dict:
         if args.eval_samples:
             result["exact_match"], samples = exact_match(out, held_out, tokenizer, args, rank, world, device)
             if rank == 0:
-                (out / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
+                write_rows(out / "samples.jsonl", samples)
     result["seconds"] = time.time() - started
     return run.finish(result)
 

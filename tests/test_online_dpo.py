@@ -428,7 +428,6 @@ def same_end(a: Path, b: Path):
     assert (a / "pairs.jsonl").read_bytes() == (b / "pairs.jsonl").read_bytes()
 
 
-@pytest.mark.slow
 def test_killed_in_every_phase_equals_uninterrupted(policy, tmp_path):
     """SIGKILL while sampling (twice, once with a torn line), judging and training: the same answers (at temperature 1), scores
     and pairs, bit-equal weights."""
