@@ -31,6 +31,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -194,11 +195,10 @@ def init_distributed():
     import datetime
     import torch.distributed as dist
     import deepspeed
-    import deepspeed.comm.torch as ds_torch
     for handler in deepspeed.utils.logging.logger.handlers:
         if getattr(handler, "stream", None) is sys.stdout:
             handler.setStream(sys.stderr)                   # stdout ends in our JSON line
-    ds_torch.build_shm_op = lambda: None                    # gloo alone: no compiler needed on CPU
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False      # gloo alone: no compiler needed on CPU
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if not dist.is_initialized():
         limit = datetime.timedelta(hours=3)
@@ -660,10 +660,9 @@ class Run:
             self.history = [m for m in map(json.loads, lines) if m["step"] <= self.first]
             write_rows(self.out / "metrics.jsonl", self.history)
             self.writers = reporters(args, self.out)
-        try:
-            signal.signal(signal.SIGTERM, lambda *_: self.stop.append(1))
-        except ValueError:
-            pass                                            # not in the main thread: nobody signals us
+        self.handler = None                                 # SIGTERM's before this run
+        if threading.current_thread() is threading.main_thread():
+            self.handler = signal.signal(signal.SIGTERM, lambda *_: self.stop.append(1))
         from tqdm import tqdm
         self.bar = tqdm(total=steps, initial=self.first, disable=rank > 0, unit="step", dynamic_ncols=True)
         self.clock, self.seen = time.time(), 0
@@ -686,10 +685,17 @@ class Run:
             save_checkpoint(self.engine, self.out / "checkpoints", step, self.rank)
         if not stopping:
             return None
-        self.bar.close()
+        self.close()
         if self.rank == 0:
             print(f"SIGTERM: saved at step {step}; the same command goes on from here", file=sys.stderr)
         return {"stopped": True, "steps": step, "output": str(self.out)} if self.rank == 0 else {}
+
+    def close(self) -> None:
+        """The steps are done: SIGTERM means again what it meant before, for whatever comes next in this process."""
+        self.bar.close()
+        if self.handler is not None:
+            signal.signal(signal.SIGTERM, self.handler)
+            self.handler = None
 
     def tokens_per_s(self, tokens: int) -> float:
         self.seen += tokens
@@ -869,7 +875,7 @@ def main(argv=None) -> dict:
         run.record(now)
         if (stopped := run.save_if_due(step + 1, stopping)) is not None:
             return stopped
-    run.bar.close()
+    run.close()
     seconds = time.time() - run.clock
 
     export(engine, tokenizer, template.end_of_turn_id, out, args.export_dtype, rank)

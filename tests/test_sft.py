@@ -291,6 +291,13 @@ def test_fewer_rows_than_ranks_and_a_loss_that_is_not_finite(tmp_path, monkeypat
         sft.main(flags)
 
 
+def test_deepspeed_needs_no_compiler_on_a_cpu():
+    """Its shared-memory op, a minute of g++ on a fresh machine, is not built."""
+    sft.init_distributed()
+    import deepspeed.comm.comm
+    assert torch.cuda.is_available() or deepspeed.comm.comm.cdb.shm_comm_op is None
+
+
 def test_full_disk_at_the_end_leaves_no_half_model(tmp_path, monkeypatch):
     import transformers
 
