@@ -30,6 +30,7 @@ import concurrent.futures
 import hashlib
 import http.client
 import importlib.util
+import itertools
 import json
 import math
 import operator
@@ -37,6 +38,7 @@ import os
 import re
 import sys
 import time
+import traceback
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -263,14 +265,14 @@ def pairrm_logits(model, tokenizer, wanted: list[list[int]], tokens: int, device
 
 
 # ------------------------------------------------------------------------------------------------ judges
-def load_judge(args, device):
-    """--judge -> function: rows ({"prompt", "answer", "answers"}) -> a list of K scores for each."""
+def load_judge(args, device, verdicts: list[dict] = (), file: Path | None = None):
+    """--judge -> function: rows ({"key", "prompt", "answer", "answers"}) -> a list of K scores for each.
+    The llm judge appends each verdict to `file` and asks for none that is among `verdicts`."""
     kind, _, name = args.judge.partition(":")
     if kind == "python":
-        score = judge_function(name)
-        return lambda rows: [score(r["prompt"], [a["text"] for a in r["answers"]], r["answer"]) for r in rows]
+        return python_judge(name)
     if kind == "llm":
-        return llm_judge(args, name)
+        return llm_judge(args, name, verdicts, file)
     if kind == "pairrm":
         model, tokenizer = PairRM.load(name or "llm-blender/PairRM-hf")
         model.to(device)
@@ -313,28 +315,54 @@ def load_judge(args, device):
 def judge_function(name: str):
     """FILE:FUNCTION, the file looked for here and then beside this script."""
     file, _, function = name.rpartition(":")
-    found = [p for p in (Path(file), Path(__file__).parent / file) if file and p.is_file()]
+    found = [p for p in (Path(file), Path(__file__).parent / file) if file.endswith(".py") and p.is_file()]
     if not found:
         raise ValueError(f"--judge python:{name}: no file {file!r}; write python:FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location("judge", found[0])
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"--judge python:{name}: {found[0]} cannot be imported: {told(error)}") from error
     if not callable(getattr(module, function, None)):
         raise ValueError(f"--judge python:{name}: {found[0]} has no function {function!r}")
     return getattr(module, function)
 
 
+def told(error: Exception) -> str:
+    """An error of somebody's own code in a line: its kind, its text and where it was raised."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({at.filename}:{at.lineno})"
+
+
+def python_judge(name: str):
+    score = judge_function(name)
+
+    def judge(rows):
+        made = []
+        for r in rows:
+            try:
+                made.append(score(r["prompt"], [a["text"] for a in r["answers"]], r["answer"]))
+            except Exception as error:
+                raise ValueError(f"--judge python:{name}: prompt {json.dumps(r['prompt'])[:200]}: {told(error)}; scores got "
+                                 "before it are on disk, mend the judge and run the same command again") from error
+        return made
+    return judge
+
+
 VERDICTS = {"A>>B": 1.0, "A>B": 1.0, "A": 1.0, "A=B": 0.0, "C": 0.0, "B>A": -1.0, "B>>A": -1.0, "B": -1.0}
 
 
-def llm_judge(args, name: str):
+def llm_judge(args, name: str, verdicts: list[dict] = (), file: Path | None = None):
     """Every ordered pair of a prompt's answers by one question to an LLM at temperature 0. The template (a file
     with {prompt}, {answer_a}, {answer_b}) must ask for [[A]], [[B]], [[C]] for a tie, or [[A>B]] and the like;
-    the last such mark counts. A reply without one is a tie, and counted."""
+    the last such mark counts. A reply without one is a tie, and counted. A verdict is appended to `file` as
+    {"key", "pair", "verdict"} the moment it is there; `verdicts` are such lines, not asked for again."""
     template = Path(args.judge_template).read_text()
+    known = {(v["key"], *v["pair"]): v["verdict"] for v in verdicts}
 
     def judge(rows):
-        asked = [(n, i, j) for n, r in enumerate(rows) for i in range(args.samples) for j in range(args.samples) if i != j]
+        pairs = [(n, i, j) for n in range(len(rows)) for i, j in itertools.permutations(range(args.samples), 2)]
 
         def ask(one):
             n, i, j = one
@@ -345,12 +373,19 @@ def llm_judge(args, name: str):
                                          "max_tokens": 2048}, args, "--judge-url")[0]
             found = re.findall(r"\[\[(A>>B|A>B|A=B|B>A|B>>A|A|B|C)\]\]", said)
             return VERDICTS[found[-1]] if found else None
-        c, unparsed = np.zeros((len(rows), args.samples, args.samples)), 0
-        for (n, i, j), verdict in in_parallel(ask, asked, args.concurrency):
-            unparsed += verdict is None
-            c[n, i, j] = verdict or 0.0
+        at = {(n, i, j): (rows[n]["key"], i, j) for n, i, j in pairs}
+        got = {p: known[k] for p, k in at.items() if k in known}
+        with open(file or os.devnull, "a") as out:
+            for (n, i, j), verdict in in_parallel(ask, [p for p in pairs if p not in got], args.concurrency):
+                got[n, i, j] = verdict
+                out.write(json.dumps({"key": rows[n]["key"], "pair": [i, j], "verdict": verdict}) + "\n")
+                out.flush()
+        c = np.zeros((len(rows), args.samples, args.samples))
+        for p, verdict in got.items():
+            c[p] = verdict or 0.0
+        unparsed = sum(v is None for v in got.values())
         if unparsed:
-            print(f"llm judge: {unparsed} of {len(asked)} replies without a verdict count as ties", file=sys.stderr)
+            print(f"llm judge: {unparsed} of {len(pairs)} replies without a verdict count as ties", file=sys.stderr)
         return [scores_from_comparisons(x) for x in c]
     return judge
 
@@ -586,11 +621,12 @@ def judge_phase(args, folder: Path, rows: list[dict], rank, world, device) -> tu
     from tqdm import tqdm
     started, at = time.time(), {r["key"]: i for i, r in enumerate(rows)}
     there = {at[s["key"]] for s in resume_growing(folder, "scores", rank)}
+    verdicts = resume_growing(folder, "verdicts", rank)     # of the llm judge: each was paid for
     mine = [i for i in range(len(rows)) if i not in there][rank::world]
     failed = ""
     if mine:
         try:
-            judge = load_judge(args, device)
+            judge = load_judge(args, device, verdicts, folder / f"verdicts-{rank}.jsonl")
             bar = tqdm(total=len(mine), disable=rank > 0, unit="prompt", desc=f"judge {args.judge}", dynamic_ncols=True)
             with open(folder / f"scores-{rank}.jsonl", "a") as file:
                 for a in range(0, len(mine), 16):
@@ -730,6 +766,7 @@ def plot_report(path: Path, reports: list[dict]) -> None:
         ax.set(xlabel="iteration", title=title)
         ax.set_xticks([r["iteration"] for r in reports])
         if ax.lines:
+            ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))      # from 0: a drift shows in its true proportion
             ax.legend()
         else:
             ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center")
@@ -806,6 +843,8 @@ def check_flags(args) -> list[str]:
             why.append(f"--judge-template {args.judge_template}: the llm judge needs a file")
         elif any("{" + k + "}" not in Path(args.judge_template).read_text() for k in ("prompt", "answer_a", "answer_b")):
             why.append(f"--judge-template {args.judge_template}: must hold {{prompt}}, {{answer_a}} and {{answer_b}}")
+        else:                                               # a flag of its own: a run goes on under the same text alone
+            args.judge_template_hash = hashlib.sha256(Path(args.judge_template).read_bytes()).hexdigest()[:16]
     return why
 
 

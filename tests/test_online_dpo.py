@@ -346,6 +346,36 @@ def test_llm_judge_asks_both_orders(policy, tmp_path):
     assert tie.tolist() == [[0, 0, 0]]
 
 
+def test_llm_verdicts_are_paid_once(policy, tmp_path, fast):
+    """The judge's server fails for good after 100 verdicts of 40 prompts x 6: the second run asks for the other 140, and ends
+    with the scores of a run that was never stopped. A template of another text is refused."""
+    def reply(p, n):
+        a, b = p["messages"][0]["content"].split("@@@")[1:]
+        return 400 if broken[0] and n > 100 else f"[[{'A' if len(a) > len(b) else 'B' if len(b) > len(a) else 'C'}]]"
+    broken, template = [False], tmp_path / "t.txt"
+    template.write_text("{prompt}@@@{answer_a}@@@{answer_b}")
+
+    def run(name, server):
+        return online_dpo.main(flags(policy, tmp_path / name, "--judge", "llm:any", "--judge-url", server.url, "--judge-template", template))
+    server = Server(reply)
+    run("whole", server)
+    assert len(server.seen) == 240
+    broken[0], server = True, Server(reply)
+    with pytest.raises(ValueError, match="HTTP 400"):
+        run("broken", server)
+    file = tmp_path / "broken/iteration-1/verdicts-0.jsonl"
+    assert file.read_bytes().count(b"\n") == 100
+    broken[0], server = False, Server(reply)
+    template.write_text("{prompt}@@@{answer_a}@@@{answer_b} ")
+    with pytest.raises(ValueError, match="--judge-template-hash: was"):
+        run("broken", server)
+    template.write_text("{prompt}@@@{answer_a}@@@{answer_b}")
+    run("broken", server)
+    lines = [json.loads(x) for x in file.read_text().splitlines()]
+    assert len(server.seen) == 140 and len({(v["key"], *v["pair"]) for v in lines}) == len(lines) == 240
+    same_end(*(tmp_path / name / "iteration-1" for name in ("whole", "broken")))
+
+
 def test_transformers_serve(policy, tmp_path):
     """The real thing on loopback: greedy answers of the server equal those of the hf engine."""
     for extra in ("fastapi", "uvicorn", "openai"):
@@ -440,6 +470,17 @@ def test_killed_in_every_phase_equals_uninterrupted(policy, tmp_path):
     assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole/iteration-1/model.safetensors").read_bytes()
 
 
+def test_sigterm_ends_the_sampling_after_a_training(policy, tmp_path):
+    """The trainer's SIGTERM (save and stop) is its own: in the second iteration's sampling the signal ends the process at once."""
+    p = spawn(policy, tmp_path / "run", "--iterations", "2", "--max-new-tokens", "400", "--sampling-rows", "2", "--max-prompts", "8")
+    answers = tmp_path / "run/iteration-2/answers-0.jsonl"
+    while p.poll() is None and not (answers.exists() and answers.stat().st_size):
+        time.sleep(0.01)
+    p.terminate()
+    said = p.communicate(timeout=60)
+    assert p.returncode == -signal.SIGTERM, said[1][-2000:]
+
+
 @pytest.mark.slow
 def test_two_ranks_killed_at_random_moments(policy, tmp_path):
     """Two ranks, five random moments: the answers, scores and pairs of one rank uninterrupted."""
@@ -465,6 +506,7 @@ def test_continuous_batching_equals_padded(policy):
     (["--engine", "server"], "--engine server: needs --base-url"),
     (["--judge", "python:nowhere.py:f"], "no file 'nowhere.py'"),
     (["--judge", "python:online_dpo.py:nothing"], "has no function 'nothing'"),
+    (["--judge", f"python:{__file__[:-3]}.txt:f"], "no file .*write python:FILE.py:FUNCTION"),
     (["--judge", "llm:x"], "--judge llm:x: needs --judge-url"),
     (["--judge", "best"], "--judge best: not pairrm"),
     (["--ref", "x"], "--ref x: the reference of online DPO is the policy that samples"),
@@ -478,7 +520,8 @@ def test_bad_input_is_one_message(policy, tmp_path, rest, told):
 
 
 @pytest.mark.parametrize("body, told", [("[float('nan')] * len(answers)", "not finite numbers"), ("[1.0]", r"scores of shape \(1,\)"),
-                                        ("None", r"scores of shape \(\)|not finite")])
+                                        ("None", r"scores of shape \(\)|not finite"),
+                                        ("answers[99]", r"IndexError: list index out of range \(.*j.py:5\)")])
 def test_judge_that_returns_rubbish_is_named_and_nothing_lost(policy, tmp_path, body, told):
     """The judge goes wrong at the 20th prompt: the first batch's scores stay, a mended judge goes on."""
     judge = tmp_path / "j.py"
@@ -492,6 +535,12 @@ def test_judge_that_returns_rubbish_is_named_and_nothing_lost(policy, tmp_path, 
     assert before.count(b"\n") == 16
     judge.write_text(JUDGE)
     assert online_dpo.main(run)["pairs"] > 0 and scores.read_bytes().startswith(before)
+
+
+def test_judge_file_that_cannot_be_imported_is_named(policy, tmp_path):
+    (tmp_path / "j.py").write_text("import nothing_of_this_name\n")
+    with pytest.raises(ValueError, match=r"j.py cannot be imported: ModuleNotFoundError: .*j.py:1"):
+        online_dpo.main(flags(policy, tmp_path / "run", "--judge", f"python:{tmp_path}/j.py:score"))
 
 
 def test_changed_flags_are_refused(policy, tmp_path):
