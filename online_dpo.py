@@ -500,7 +500,16 @@ def answers_of(args, policy: str, tokenizer, rows: list[dict], done: set, device
                 "model": args.served_model or policy, "messages": prompts[i], "temperature": args.temperature,
                 "top_p": args.top_p, "max_tokens": args.max_new_tokens, "seed": (seeds[i] + k) % 2 ** 31}, args, "--base-url")
             return sft.Answer(i, k, text, [0] * tokens, finished)       # a server tells how many ids, not which
-        yield from (a for _, a in in_parallel(ask, wanted, args.concurrency))
+        texts, whole, same = {}, 0, 0                       # of prompts under way; prompts done; those of one answer
+        for _, a in in_parallel(ask, wanted, args.concurrency):
+            yield a
+            texts.setdefault(a.prompt, []).append(a.text)
+            if len(texts[a.prompt]) == args.samples:
+                whole, same = whole + 1, same + (len(set(texts.pop(a.prompt))) == 1)
+                if whole == same == 16 and args.temperature:
+                    print(f"--base-url {args.base_url}: each of the first 16 prompts got one answer {args.samples} times at "
+                          f"--temperature {args.temperature:g}; does the server sample? (`transformers serve` does so where the "
+                          'model\'s generation_config.json says "do_sample": true)', file=sys.stderr, flush=True)
     elif args.engine == "vllm":
         from transformers import GenerationConfig
         from vllm import LLM, SamplingParams
