@@ -1,4 +1,6 @@
 import os
+import socket
+import subprocess
 import sys
 
 import pytest
@@ -22,3 +24,16 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+def start_ranks(script: str, argv: list, ranks: int, log) -> list[subprocess.Popen]:
+    """The ranks of a run as processes of their own, not under a launcher, whose workers would outlive a SIGKILL of it.
+    What they print goes to files: log.0.log, log.1.log, .."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]),
+                 "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return [subprocess.Popen([sys.executable, os.path.join(root, script), *map(str, argv)], stdout=open(f"{log}.{r}.log", "a"),
+                             stderr=subprocess.STDOUT, env={**os.environ, **world, "RANK": str(r), "LOCAL_RANK": str(r)})
+            for r in range(ranks)]

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import data
 import online_dpo
 import sft
+from conftest import start_ranks
 
 JUDGE = "def score(prompt, answers, reference):\n    return [sum(map(ord, a)) % 97 for a in answers]\n"
 RUN = ["--preset", "demo", "--data", "demo:test", "--eval-data", "demo-pairs:test=0.1", "--eval-samples", "8", "--max-prompts", "40",
@@ -430,33 +431,36 @@ def test_a_run_and_its_folder(policy, tmp_path):
         online_dpo.main(flags(policy, tmp_path / "run", "--iterations", "2", "--mix", "demo-pairs:test=0.05"))
 
 
-def spawn(policy, out, *rest, ranks=1):
-    command = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-                                                   "--master_port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    return subprocess.Popen([*command, str(ROOT / "online_dpo.py"), *flags(policy, out, *rest)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True, text=True)
-
-
 def killed_and_resumed(policy, tmp_path, moments, ranks, *rest):
     """A run killed when a file of a phase has so many lines, restarted; the bytes on disk stay. The folder at its end."""
-    folder = tmp_path / "killed/iteration-1"
+    folder, log = tmp_path / "killed/iteration-1", tmp_path / "killed"
+    tmp_path.mkdir(exist_ok=True)
+    kept = {}
+    start = lambda: start_ranks("online_dpo.py", flags(policy, tmp_path / "killed", *rest), ranks, log)
     for pattern, lines in moments:
-        p = spawn(policy, tmp_path / "killed", *rest, ranks=ranks)
-        while p.poll() is None and sum(f.read_bytes().count(b"\n") for f in folder.glob(pattern)) < lines:
+        processes = start()
+        while sum(f.read_bytes().count(b"\n") for f in folder.glob(pattern)) < lines:
+            assert processes[0].poll() is None, Path(f"{log}.0.log").read_text()[-3000:]
             time.sleep(0.01)
-        os.killpg(p.pid, signal.SIGKILL) if p.poll() is None else None
-        p.communicate()
+        for p in processes:
+            p.kill()
+            p.wait()
         for f in folder.glob("answers-*.jsonl"):            # and torn in the middle of a line
             f.write_bytes(f.read_bytes() + b'{"key": "half a li') if lines % 2 else None
         kept = {f: f.read_bytes()[:f.read_bytes().rfind(b"\n") + 1] for f in folder.glob("*-[01].jsonl")}
         if pattern == "scores-*.jsonl":
             assert kept
-    p = spawn(policy, tmp_path / "killed", *rest, ranks=ranks)
-    said = p.communicate()
-    assert p.returncode == 0, said[1][-3000:]
+    assert [p.wait() for p in start()] == [0] * ranks, Path(f"{log}.0.log").read_text()[-3000:]
     for f, raw in kept.items():
         assert f.read_bytes().startswith(raw), f
     return folder
+
+
+def slow_judge(policy) -> Path:
+    """The judge's file with a pause before each prompt, so that a kill finds it at work."""
+    file = policy.parent / "slow.py"
+    file.write_text("import time\n" + JUDGE.replace("    return", "    time.sleep(0.02)\n    return"))
+    return file
 
 
 def same_end(a: Path, b: Path):
@@ -470,33 +474,34 @@ def same_end(a: Path, b: Path):
 def test_killed_in_every_phase_equals_uninterrupted(policy, tmp_path):
     """SIGKILL while sampling (twice, once with a torn line), judging and training: the same answers (at temperature 1), scores
     and pairs, bit-equal weights."""
-    (policy.parent / "slow.py").write_text("import time\n" + JUDGE.replace("    return", "    time.sleep(0.02)\n    return"))
-    rest = ["--judge", f"python:{policy.parent}/slow.py:score", "--save-every", "1", "--max-steps", "4"]
-    online_dpo.main(flags(policy, tmp_path / "whole", *rest))
+    rest = ["--judge", f"python:{slow_judge(policy)}:score", "--save-every", "1", "--max-steps", "4"]
+    killed_and_resumed(policy, tmp_path / "whole", [], 1, *rest)
     folder = killed_and_resumed(policy, tmp_path, [("answers-*.jsonl", 31), ("answers-*.jsonl", 70), ("scores-*.jsonl", 16),
                                                    ("metrics.jsonl", 2)], 1, *rest)
-    same_end(folder, tmp_path / "whole/iteration-1")
-    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole/iteration-1/model.safetensors").read_bytes()
+    same_end(folder, tmp_path / "whole/killed/iteration-1")
+    assert (folder / "model.safetensors").read_bytes() == (tmp_path / "whole/killed/iteration-1/model.safetensors").read_bytes()
 
 
 def test_sigterm_ends_the_sampling_after_a_training(policy, tmp_path):
     """The trainer's SIGTERM (save and stop) is its own: in the second iteration's sampling the signal ends the process at once."""
-    p = spawn(policy, tmp_path / "run", "--iterations", "2", "--max-new-tokens", "400", "--sampling-rows", "2", "--max-prompts", "8")
+    p, = start_ranks("online_dpo.py", flags(policy, tmp_path / "run", "--iterations", "2", "--max-new-tokens", "400", "--sampling-rows",
+                                            "2", "--max-prompts", "8"), 1, tmp_path / "log")
     answers = tmp_path / "run/iteration-2/answers-0.jsonl"
     while p.poll() is None and not (answers.exists() and answers.stat().st_size):
         time.sleep(0.01)
     p.terminate()
-    said = p.communicate(timeout=60)
-    assert p.returncode == -signal.SIGTERM, said[1][-2000:]
+    assert p.wait(timeout=60) == -signal.SIGTERM, (tmp_path / "log.0.log").read_text()[-2000:]
 
 
 @pytest.mark.slow
 def test_two_ranks_killed_at_random_moments(policy, tmp_path):
-    """Two ranks, five random moments: the answers, scores and pairs of one rank uninterrupted."""
-    online_dpo.main(flags(policy, tmp_path / "whole"))
+    """Two ranks, six random moments in sampling, judging and training: the answers, scores and pairs of one rank uninterrupted."""
+    rest = ["--judge", f"python:{slow_judge(policy)}:score", "--save-every", "1", "--max-steps", "12"]
+    online_dpo.main(flags(policy, tmp_path / "whole", *rest))
     rng = random.Random(1)
-    moments = sorted(("answers-*.jsonl", rng.randrange(1, 120)) for _ in range(4)) + [("scores-*.jsonl", 1)]
-    same_end(killed_and_resumed(policy, tmp_path, moments, 2), tmp_path / "whole/iteration-1")
+    moments = [*sorted(("answers-*.jsonl", rng.randrange(1, 120)) for _ in range(3)), ("scores-*.jsonl", 16),
+               *sorted(("metrics.jsonl", rng.randrange(1, 8)) for _ in range(2))]
+    same_end(killed_and_resumed(policy, tmp_path, moments, 2, *rest), tmp_path / "whole/iteration-1")
 
 
 def test_continuous_batching_equals_padded(policy):

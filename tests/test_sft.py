@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 import data
 import kernels
 import sft
+from conftest import start_ranks
 from test_kernels import FAMILIES, build, random_ids
 
 SMALL = ["--data", "demo:test", "--eval-data", "demo:test", "--max-length", "128", "--batch-size", "6",
@@ -144,24 +145,13 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_five_random_kills_equal_uninterrupted(ranks, tmp_path):
-    """SIGKILL to every rank at five random moments after a step was logged. The ranks are started here
-    and not by a launcher, whose workers would outlive it."""
+    """SIGKILL to every rank at five random moments after a step was logged."""
     import random
-    import socket
     rng = random.Random(ranks)
     flags = [*SMALL, "--max-steps", "40", "--save-every", "3", "--cache-dir", str(tmp_path / "cache"),
              "--zero", "1", "--output"]
 
-    def start(out):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = str(s.getsockname()[1])
-        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                 "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-        return [subprocess.Popen([sys.executable, str(ROOT / "sft.py"), *flags, str(out)],
-                                 stdout=subprocess.DEVNULL, stderr=open(f"{out}.{r}.log", "a"),
-                                 env={**os.environ, **world, "RANK": str(r), "LOCAL_RANK": str(r)})
-                for r in range(ranks)]
+    start = lambda out: start_ranks("sft.py", [*flags, out], ranks, out)
 
     def finish(out):
         assert [p.wait() for p in start(out)] == [0] * ranks, Path(f"{out}.0.log").read_text()[-3000:]
