@@ -45,8 +45,8 @@ from kernels import Group, LogProbs, layout, pick_backend, sequence_logps
 
 PRESETS = {  # the paper's table as argparse defaults
     "demo": dict(model="runs/sft", data=["demo-pairs:train"], eval_data=["demo-pairs:test"],
-                 eval_prompts=["demo:test"], batch_size=32, max_length=512, max_prompt_length=256, lr=2e-5,
-                 schedule="linear", beta=0.1, chat_template="tokenizer", eval_samples=400, output="runs/dpo"),
+                 eval_prompts=["demo:test"], batch_size=32, max_length=512, max_prompt_length=256, lr=1e-5,
+                 schedule="linear", beta=0.5, chat_template="tokenizer", eval_samples=400, output="runs/dpo"),
     "gemma-2b": dict(model="runs/gemma-2b-sft", data=["HuggingFaceH4/ultrafeedback_binarized:train_prefs"], epochs=2,
                      batch_size=128, max_length=2048, max_prompt_length=512, lr=5e-7, schedule="linear", beta=0.05,
                      zero=3, gradient_checkpointing=True, chat_template="tokenizer", output="runs/gemma-2b-dpo"),
@@ -412,7 +412,7 @@ def train_on_pairs(args) -> dict:
         run.record(now)
         if (stopped := run.save_if_due(step + 1, stopping)) is not None:
             return stopped
-    run.bar.close()
+    run.close()
     seconds = time.time() - run.clock
 
     sft.export(engine, tokenizer, template.end_of_turn_id, out, args.export_dtype, rank)

@@ -53,7 +53,7 @@ from kernels import Group, LogProbs, layout, sequence_logps
 
 PRESETS = {  # the paper's table as argparse defaults
     "demo": dict(model="runs/dpo", data=["demo:train=0.2"], eval_data=["demo-pairs:test"], eval_prompts=["demo:test"],
-                 batch_size=32, max_length=512, max_prompt_length=256, lr=1e-5, beta=0.3, eval_samples=400,
+                 batch_size=32, max_length=512, max_prompt_length=256, lr=2e-5, beta=1.0, eval_samples=400,
                  iterations=3, max_prompts=5000, max_new_tokens=64, sampling_rows=256,
                  judge="python:online_dpo.py:exact_answer", output="runs/online-dpo"),
     "gemma-2b": dict(model="runs/gemma-2b-dpo", data=["HuggingFaceH4/ultrafeedback_binarized:train_prefs"], epochs=1,

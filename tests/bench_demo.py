@@ -10,7 +10,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ def main() -> dict:
     args = p.parse_args()
     right, seconds = {stage: [] for stage in STAGES}, {}
     for seed in args.seeds:
-        last, started = None, time.time()
+        last, seconds[seed] = None, 0.0
         for stage, folder in STAGES.items():
             out = Path(args.output) / str(seed) / stage
             run = out / "run.json"
@@ -43,12 +42,12 @@ def main() -> dict:
                 model = ["--model", str(last)] if last else []
                 subprocess.run([sys.executable, str(script), "--preset", "demo", "--seed", str(seed), "--output", str(out),
                                 *model], check=True, stdout=subprocess.DEVNULL, stderr=open(f"{args.output}/log.txt", "a"))
+            seconds[seed] += json.loads(run.read_text())["result"]["seconds"]
             last = Path(args.output) / str(seed) / folder
             rows = [json.loads(x) for x in (last / "samples.jsonl").read_text().splitlines()]
             right[stage].append({json.dumps(r["prompt"]): r["correct"] for r in rows})
             print(f"seed {seed} {stage:11} {np.mean(list(right[stage][-1].values())):.4f} of {len(rows)}  "
-                  f"{time.time() - started:5.0f} s", flush=True)
-        seconds[seed] = time.time() - started
+                  f"{seconds[seed]:5.0f} s in all", flush=True)
     prompts = sorted(right["sft"][0])
     table = {s: np.array([[float(r[x]) for x in prompts] for r in runs]) for s, runs in right.items()}
     result = {"exact_match": {s: t.mean(1).tolist() for s, t in table.items()}, "seconds": seconds, "gain": {}}
