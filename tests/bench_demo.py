@@ -32,6 +32,7 @@ def main() -> dict:
     p.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
     args = p.parse_args()
     right, seconds = {stage: [] for stage in STAGES}, {}
+    Path(args.output).mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         last, seconds[seed] = None, 0.0
         for stage, folder in STAGES.items():
