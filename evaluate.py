@@ -505,6 +505,369 @@ def save_figure(figure, path: Path) -> None:
     plt.close(figure)
 
 
+# ------------------------------------------------------------------------------------- models against models
+def judge(args) -> dict:
+    """Win rates of every run against every other on --data's prompts by any judge of online_dpo.py, in both orders."""
+    names = [name_of(r) for r in args.runs]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(f"RUNS {' '.join(args.runs)}: two or more different ones are needed")
+    folder, kind = Path(args.output or "runs/evaluate/judge"), args.judge.partition(":")[0]
+    rank, _, device = sft.init_distributed()
+    first = dpo.argparse_with(args, model=args.runs[0])
+    tokenizer, template = sft.load_tokenizer(first)
+    rows, data_key = online_dpo.read_prompts(first, tokenizer, template, rank, lambda *a: print(*a, file=sys.stderr))
+    rows = rows[:args.limit]
+    said = {n: sample_answers(dpo.argparse_with(args, model=run, dry_run=False), folder / n, [
+        {"messages": r["prompt"], "temperature": args.temperature} for r in rows]) for n, run in zip(names, args.runs)} \
+        if not args.dry_run else None
+    duels = [(a, b) for i, a in enumerate(names) for b in names[i + 1:]]
+    outcomes, counts = {}, {}
+    if kind == "llm":
+        llm = dpo.argparse_with(args, judge=args.judge.partition(":")[2])
+        calls, text = [], fetch(args.judge_template, "--judge-template").read_text()
+        for a, b in duels:
+            for n, r in enumerate(rows):
+                for one, two in ((a, b), (b, a)):
+                    if said is None or said[a][n].strip() != said[b][n].strip():
+                        values = {"prompt": online_dpo.as_text(r["prompt"]), "answer_a": said[one][n] if said else "",
+                                  "answer_b": said[two][n] if said else ""}
+                        calls.append({"id": f"{one} {two} {r['key']}", "extra": 0 if said else 2 * args.max_new_tokens,
+                                      "messages": [{"role": "user", "content": fill(text, values, args.judge_template)}]})
+
+        def parse(reply):
+            found = re.findall(r"\[\[(A>>B|A>B|A=B|B>A|B>>A|A|B|C)\]\]", reply)
+            return online_dpo.VERDICTS[found[-1]] if found else None
+        verdicts, counts = ask_judge(llm, folder, calls, parse)
+        if args.dry_run:
+            return counts
+    else:
+        scorer = online_dpo.load_judge(dpo.argparse_with(args, samples=2), device)
+        counts = {"unparsed": 0}
+    for a, b in duels:
+        wins = []                                           # of b over a, a prompt: mean over both orders
+        differ = [n for n in range(len(rows)) if said[a][n].strip() != said[b][n].strip()]
+        if kind == "llm":
+            for n, r in enumerate(rows):
+                seen = [v if one == b else -v for one, two in ((a, b), (b, a))
+                        if (v := verdicts.get(f"{one} {two} {r['key']}", 0.0 if n not in differ else None)) is not None]
+                wins += [(1 + sum(seen) / len(seen)) / 2] if seen else []
+        else:
+            gap = np.zeros(len(rows))
+            for one, two in ((a, b), (b, a)) if kind == "python" else ((a, b),):       # PairRM looks at both orders itself
+                made = online_dpo.score_responses(scorer, [rows[n] | {"answers": [{"text": said[x][n]} for x in (one, two)]}
+                                                           for n in differ], args.judge) if differ else []
+                for n, s in zip(differ, made):
+                    gap[n] += np.sign(s[1] - s[0]) * (1 if one == a else -1)
+            wins = ((1 + np.sign(gap)) / 2).tolist()
+        low, high = bootstrap(wins, args.bootstrap, 0)
+        outcomes[f"{b} over {a}"] = {"win_rate": win_rate(wins), "low": low, "high": high, "prompts": len(wins), "equal": len(rows) - len(differ)}
+        print(f"{b} over {a}: {100 * (win_rate(wins) or 0):.1f}% ({100 * (low or 0):.1f} .. {100 * (high or 0):.1f}) of {len(wins)} prompts, "
+              f"{len(rows) - len(differ)} equal answers", file=sys.stderr)
+    template_hash = digest(Path(args.judge_template).read_text()) if kind == "llm" else None
+    return finish(args, folder, {"models": args.runs, "judge": args.judge, "baseline": None, "parse": "last [[..]]", "template": template_hash,
+                                 "temperature": args.temperature, "data": data_key, "win_rates": outcomes, **counts})
+
+
+def name_of(folder: str) -> str:
+    return folder.rstrip("/").replace("/", "--").removeprefix("runs--")
+
+
+# --------------------------------------------------------------------------------------------- margins
+def pair_margins(args, names: list[str]) -> tuple[list[np.ndarray], str]:
+    """m = log pi(y_w|x) - log pi(y_l|x), nats, of --data's pairs under each model, (P,) float64 each; and the data's key.
+    Through dpo.py's shared unpadded forward and its cache; a model with other tokens gets the same messages in its own."""
+    rank, world, device = sft.init_distributed()
+    log = lambda *a: print(*a, file=sys.stderr, flush=True) if rank == 0 else None
+    args = dpo.argparse_with(args, micro_tokens=args.micro_tokens or args.max_length, gradient_checkpointing=False, empty_system=0.0,
+                             seed=42, model=names[0], ref=None)
+    tokenizer, template = sft.load_tokenizer(args)
+    rows, key = sft.prepare_rows(args.data, args=args, tokenizer=tokenizer, template=template, rank=rank, pairs=True,
+                                 max_prompt_length=args.max_prompt_length, min_gap=None)
+    out = []
+    for name in names:
+        own, own_template = sft.load_tokenizer(dpo.argparse_with(args, model=name))
+        same = own.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str() and own.chat_template == tokenizer.chat_template
+        pairs = dpo.Pairs(rows if same else dpo.other_tokens(rows, dpo.argparse_with(args, ref=name), own, own_template), share=True)
+        dpo.reference_logps(args, name, dpo.weights_hash(name), pairs, own, own.convert_tokens_to_ids(list(own_template.new_tokens)),
+                            rank, world, device, log)
+        out.append(pairs.ref[:, 0].astype(np.float64) - pairs.ref[:, 1])
+    return out, key
+
+
+def margin_summary(before, after, bins: int = 10) -> dict:
+    """What training did to held-out margins (LIONs' analysis figure): means, accuracy = share m > 0, flips, the change
+    after - before over before as a degree-2 fit and as means of equally full bins with their standard errors.
+    before (-1, 1), after (1, 2): accuracy 0.5 -> 1, one flip to right, none to wrong."""
+    before, after = np.asarray(before), np.asarray(after)
+    change, order = after - before, np.argsort(before, kind="stable")
+    parts = [p for p in np.array_split(order, bins) if len(p)]
+    fit = quadratic_fit(before, change) if len(set(before.tolist())) > 2 else None
+    return {"pairs": len(before), "margin_before": float(before.mean()), "margin_after": float(after.mean()),
+            "accuracy_before": float((before > 0).mean()), "accuracy_after": float((after > 0).mean()),
+            "to_right": int(((before <= 0) & (after > 0)).sum()), "to_wrong": int(((before > 0) & (after <= 0)).sum()), "fit": fit,
+            "bins": [{"before": float(before[p].mean()), "change": float(change[p].mean()), "pairs": len(p),
+                      "stderr": float(change[p].std(ddof=1) / math.sqrt(len(p))) if len(p) > 1 else None} for p in parts]}
+
+
+def margins(args) -> dict:
+    """Log-prob margins of held-out pairs before and after training: scatter, binned means, degree-2 fit, flips."""
+    (before, after), key = pair_margins(args, [args.before, args.after])
+    if torch.distributed.get_rank():
+        return {}
+    folder = Path(args.output or "runs/evaluate/margins")
+    result = margin_summary(before, after)
+    folder.mkdir(parents=True, exist_ok=True)
+    sft.write_rows(folder / "margins.jsonl", [{"before": float(b), "after": float(a)} for b, a in zip(before, after)])
+    plot = Path(args.plot or folder / "margins.png")
+    figure, ax = new_figure()
+    ax.axhline(0, color="0.7", lw=1)
+    ax.axvline(0, color="0.7", lw=1)
+    ax.plot(before, after - before, ".", ms=4, alpha=0.35, color="#4477aa", label=f"{len(before)} held-out pairs")
+    x = [b["before"] for b in result["bins"]]
+    ax.errorbar(x, [b["change"] for b in result["bins"]], [b["stderr"] or 0 for b in result["bins"]], fmt="o", color="#222222", ms=5,
+                label="means of bins, one standard error")
+    if result["fit"]:
+        c, grid = result["fit"]["coefficients"], np.linspace(before.min(), before.max(), 200)
+        ax.plot(grid, c[0] + c[1] * grid + c[2] * grid ** 2, ":", color="#cc3311", lw=2, label=f"{c[0]:.3g} {c[1]:+.3g} m {c[2]:+.3g} m²")
+    ax.set(xlabel=f"margin before, log π(y_w|x) − log π(y_l|x) (nats): {args.before}", ylabel=f"change of margin (nats): {args.after}",
+           title=f"accuracy {result['accuracy_before']:.3f} → {result['accuracy_after']:.3f}; {result['to_right']} pairs to right, "
+                 f"{result['to_wrong']} to wrong")
+    ax.legend()
+    save_figure(figure, plot)
+    return finish(args, folder, {"before": args.before, "after": args.after, "data": key, **result, "plot": str(plot)})
+
+
+# ------------------------------------------------------------------------------------------ runs in a row
+def read_run(folder: str) -> dict:
+    """run.json of a finished run, with "name", "folder" (of the last iteration's model for online_dpo.py) and "right":
+    correctness by prompt from samples.jsonl."""
+    path = Path(folder) / "run.json"
+    run = json.loads(path.read_text()) if path.is_file() else {}
+    if not run.get("result"):
+        raise ValueError(f"RUNS {folder}: no finished run there (run.json with a result)" + (
+            f"; run python {Path(folder).name.replace('-', '_')}.py first" if folder in STAGES else ""))
+    last = Path(folder) / Path(run["result"].get("output", folder)).name
+    last = last if run["stage"] == "online-dpo" and last.is_dir() else Path(folder)
+    samples = last / "samples.jsonl"
+    rows = [json.loads(x) for x in samples.read_text().splitlines()] if samples.is_file() else []
+    return run | {"name": name_of(folder), "folder": last, "samples": rows,
+                  "right": {json.dumps(r["prompt"]): float(r["correct"]) for r in rows}}
+
+
+def score_of(run: dict, name: str) -> dict:
+    """{"score", "low", "high"} of a run: evaluate/NAME/result.json beside its model, or NAME in run.json's result."""
+    path = run["folder"] / "evaluate" / name / "result.json"
+    if path.is_file():
+        made = json.loads(path.read_text())
+        return {k: made.get(k) for k in ("score", "low", "high")}
+    value = run["result"].get(name)
+    if not isinstance(value, (int, float)):
+        there = sorted([k for k, v in run["result"].items() if isinstance(v, (int, float))] +
+                       [p.parent.name for p in run["folder"].glob("evaluate/*/result.json")])
+        raise ValueError(f"--y {name}: {run['name']} has no such score; it has {', '.join(there)}")
+    low, high = bootstrap(list(run["right"].values())) if name == "exact_match" else (None, None)
+    return {"score": value, "low": low, "high": high}
+
+
+def size_of(run: dict) -> int:
+    return run["result"].get("pairs") or run.get("rows")
+
+
+def stages(args) -> dict:
+    """The demo's stages, or RUNS: exact match, win rate against the stage before, margins on held-out pairs."""
+    runs = [read_run(r) for r in args.runs]
+    made, _ = pair_margins(args, [str(r["folder"]) for r in runs])
+    if torch.distributed.get_rank():
+        return {}
+    table, out = ["| stage | exact match | win rate over the stage before | margin (nats) | pairs right | to right, to wrong |", "|" + "---|" * 6], []
+    show = lambda r, k, scale=1, form=".1f": f"{scale * r[k]:{form}} ({scale * r[k + '_low']:{form}} .. {scale * r[k + '_high']:{form}})" \
+        if r.get(k) is not None else "-"
+    for i, (run, m) in enumerate(zip(runs, made)):
+        right = run["right"]
+        low, high = bootstrap(list(right.values()), 10_000)
+        row = {"name": run["name"], "exact_match": float(np.mean(list(right.values()))) if right else None, "exact_match_low": low,
+               "exact_match_high": high, "prompts": len(right), "win_rate": None, "margin": float(m.mean()), "accuracy": float((m > 0).mean())}
+        if i:
+            before, s = runs[i - 1]["right"], margin_summary(made[i - 1], m)
+            wins = [(1 + right[k] - before[k]) / 2 for k in right if k in before]     # right and wrong: 1; both alike: a half
+            low, high = bootstrap(wins, 10_000)
+            row |= {"win_rate": win_rate(wins), "win_rate_low": low, "win_rate_high": high, "paired_prompts": len(wins),
+                    "to_right": s["to_right"], "to_wrong": s["to_wrong"]}
+        out.append(row)
+        table.append(f"| {row['name']} | {show(row, 'exact_match', 100)} | {show(row, 'win_rate', 100)} | {row['margin']:.3f} | "
+                     f"{100 * row['accuracy']:.1f} | " + (f"{row['to_right']}, {row['to_wrong']} |" if i else "- |"))
+    print("\n".join(table) + f"\n\nPercent, 95% bootstrap intervals over {len(runs[0]['right'])} prompts (paired for win rates); margins on "
+          f"{len(made[0])} pairs of {' '.join(args.data)}.", flush=True)
+    return {"stages": out, "data": args.data}
+
+
+def curve(args) -> dict:
+    """Score over steps (log), one line a data size with its dotted degree-2 fit and vertex: the paper's scaling figure."""
+    points, unit = {}, {"steps": "optimiser steps", "tokens": "tokens", "flops": "FLOPs"}[args.x]
+    for run in map(read_run, args.runs):
+        noun = "documents" if run["stage"] == "sft" else "pairs"
+        points.setdefault(size_of(run), []).append({"run": run["name"], "x": run["result"]["cumulative"][args.x], **score_of(run, args.y)})
+    figure, ax = new_figure()
+    lines = {}
+    for colour, (n, row) in zip(["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb"] * 9, sorted(points.items())):
+        row.sort(key=lambda p: p["x"])
+        x, y = np.array([p["x"] for p in row], dtype=float), np.array([p["score"] for p in row])
+        error = [[s - p["low"], p["high"] - s] if p["low"] is not None else [0, 0] for p, s in zip(row, y)]
+        ax.errorbar(x, y, np.array(error).T, fmt="o", ms=5, color=colour, lw=0.8, elinewidth=0.5,
+                    capsize=2, label=f"{n:,} {noun}")
+        lines[str(n)] = {"points": row}
+        if len(set(x.tolist())) >= 3:
+            fit, grid = quadratic_fit(np.log(x), y), np.linspace(np.log(x).min(), np.log(x).max(), 200)
+            top = lambda k: None if fit[k] is None or abs(fit[k]) > 700 else math.exp(fit[k])
+            lines[str(n)] |= {"fit": fit, "saturation": top("vertex") if fit["maximum"] else None,
+                              "saturation_low": top("vertex_low") if fit["maximum"] else None,
+                              "saturation_high": top("vertex_high") if fit["maximum"] else None}
+            c = fit["coefficients"]
+            at = lambda g: c[0] + c[1] * g + c[2] * g ** 2
+            ax.plot(np.exp(grid), at(grid), ":", color=colour, lw=2)
+            if fit["maximum"] and grid[0] <= fit["vertex"] <= grid[-1]:
+                ax.plot(top("vertex"), at(fit["vertex"]), "*", ms=14, color=colour)
+    ax.set(xscale="log", xlabel=unit, ylabel=args.y.replace("_", " "), title="dotted: degree-2 fit over the logarithm; star: its vertex")
+    ticks = sorted({p["x"] for row in points.values() for p in row})
+    if len(ticks) <= 12:
+        ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        ax.minorticks_off()
+    ax.legend()
+    folder = Path(args.output or "runs/evaluate/curve")
+    plot = Path(args.plot or folder / "curve.png")
+    save_figure(figure, plot)
+    for n, line in lines.items():
+        if line.get("saturation"):
+            low, high = line["saturation_low"], line["saturation_high"]
+            print(f"{n}: saturation at {line['saturation']:.4g} {args.x}, 95% interval " + (f"{low:.4g} .. {high:.4g}" if low else "unbounded"),
+                  file=sys.stderr)
+    return finish(args, folder, {"x": args.x, "y": args.y, "lines": lines, "plot": str(plot)})
+
+
+def report(args) -> dict:
+    """One Markdown page of all runs: flags that differ, scores, held-out metrics with their rank correlation, curves, answers."""
+    runs, folder = [read_run(r) for r in args.runs], Path(args.output or "runs/evaluate/report")
+    folder.mkdir(parents=True, exist_ok=True)
+    show = lambda v: "-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v).replace("|", "\\|").replace("\n", " ")
+    table = lambda head, rows: "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head)] +
+                                         ["| " + " | ".join(map(show, r)) + " |" for r in rows]) + "\n"
+    flags = sorted(k for k in {k for r in runs for k in r["flags"]} - {"output", "cache_dir", "local_rank", "overwrite"}
+                   if len({json.dumps(r["flags"].get(k)) for r in runs}) > 1)
+    names = args.score or sorted({p.parent.name for r in runs for p in r["folder"].glob("evaluate/*/result.json")
+                                  if json.loads(p.read_text()).get("score") is not None} |
+                                 ({"exact_match"} if any(r["result"].get("exact_match") is not None for r in runs) else set()))
+    scores = {n: [score_of(r, n) if args.score or (r["folder"] / "evaluate" / n / "result.json").is_file() or r["result"].get(n) is not None
+                  else dict.fromkeys(("score", "low", "high")) for r in runs] for n in names}
+    held = [k for k in ("eval_loss", "eval_margin", "eval_accuracy") if any(r["result"].get(k) is not None for r in runs)]
+    interval = lambda s: show(s["score"]) + (f" ({show(s['low'])} .. {show(s['high'])})" if s["low"] is not None else "")
+    correlations = {}
+    for k in held:
+        for n in names:
+            both = [(r["result"][k], s["score"]) for r, s in zip(runs, scores[n]) if r["result"].get(k) is not None and s["score"] is not None]
+            correlations[f"{k} with {n}"] = rank_correlation(*zip(*both)) if both else None
+    sft.plot_curves(folder / "curves.png", {r["name"]: [json.loads(x) for x in (r["folder"] / "metrics.jsonl").read_text().splitlines()]
+                                            for r in runs}, dpo.CURVES if any(r["stage"] != "sft" for r in runs) else sft.CURVES)
+    shared = [k for k in runs[0]["right"] if all(k in r["right"] for r in runs)][:args.samples]
+    answers = [[next(s for s in r["samples"] if json.dumps(s["prompt"]) == k) for r in runs] for k in shared]
+    page = ["# Runs", table(["run", "stage", "data", *(f"--{f.replace('_', '-')}" for f in flags)], [
+                [r["name"], r["stage"], size_of(r), *(r["flags"].get(f) for f in flags)] for r in runs]),
+            "Scores with 95% intervals, and figures on held-out pairs:\n", table(["run", *names, *held], [
+                [r["name"], *(interval(scores[n][i]) for n in names), *(r["result"].get(k) for k in held)] for i, r in enumerate(runs)]),
+            "Rank correlation (Spearman) over runs; the paper finds that these figures do not follow the score:\n",
+            table(["", *names], [[k, *(correlations[f"{k} with {n}"] for n in names)] for k in held]), "![curves](curves.png)\n",
+            "Answers to the same prompts (* correct):\n", table(["prompt", "reference", *(r["name"] for r in runs)], [
+                [row[0]["prompt"][-1]["content"], row[0]["reference"], *(s["answer"] + " *" * s["correct"] for s in row)] for row in answers])]
+    (folder / "report.md").write_text("\n".join(page))
+    print("\n".join(page), file=sys.stderr)
+    return finish(args, folder, {"runs": args.runs, "scores": {n: dict(zip([r["name"] for r in runs], s)) for n, s in scores.items()},
+                                 "rank_correlation": correlations, "page": str(folder / "report.md")})
+
+
+# ------------------------------------------------------------------------------------ other people's harnesses
+def needs(package: str, pinned: str):
+    """An optional package, imported when used."""
+    import importlib
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f"{package} is not to be imported ({error}); it is optional: pip install {pinned}") from None
+
+
+def openllm(args) -> dict:
+    """Open LLM Leaderboard v1 by lm-evaluation-harness: six tasks with their shots and metrics, and their average."""
+    lm_eval = needs("lm_eval", "lm-eval==0.4.13")
+    from lm_eval.api.registry import get_model
+    from lm_eval.tasks import TaskManager
+    folder = output_folder(args, "openllm")
+    wanted = {}
+    for text in args.tasks or [f"{t}:{shots}:{metric}" for t, (shots, metric) in OPENLLM.items()]:
+        name, shots, metric = (text.split(":") + ["", ""])[:3]
+        if shots and not shots.isdigit():
+            raise ValueError(f"--tasks {text}: NAME[:SHOTS[:METRIC]], SHOTS a number")
+        wanted[name] = (int(shots) if shots else None, metric)
+    manager = TaskManager(include_path=args.include_path)
+    settings = f"pretrained={args.model},dtype={'float32' if args.dtype == 'fp32' else 'bfloat16'}" + (f",{args.model_args}" if args.model_args else "")
+    model = get_model(args.engine).create_from_arg_string(settings, {"batch_size": args.batch_size} if args.engine == "hf" else {})
+    decides = [dpo.weights_hash(args.model), settings, args.engine, args.limit, args.apply_chat_template, lm_eval.__version__]
+    folder.mkdir(parents=True, exist_ok=True)
+    online_dpo.cut_torn_lines(folder, "tasks-*.jsonl")
+    known = {r["key"]: r["values"] for r in online_dpo.read_growing(folder, "tasks-*.jsonl")}
+    tasks = {}
+    for name, (shots, metric) in wanted.items():
+        key = digest([*decides, name, shots, [data.fingerprint(data.parse_source(str(p))) for p in sorted(Path(args.include_path).rglob("*.*"))
+                                              if data.local_kind(str(p))] if args.include_path else None])
+        if key not in known:
+            made = lm_eval.simple_evaluate(model=model, tasks=[name], num_fewshot=shots, limit=args.limit, task_manager=manager,
+                                           apply_chat_template=args.apply_chat_template, log_samples=False)
+            if made is None:                                # ranks above 0 of `accelerate launch`
+                continue
+            known[key] = {k: v for k, v in made["results"][name].items() if isinstance(v, (int, float))}
+            with open(folder / "tasks-0.jsonl", "a") as file:
+                file.write(json.dumps({"key": key, "task": name, "values": known[key]}) + "\n")
+        metric = metric or next(k for k in known[key] if "_stderr" not in k and "," in k)
+        if metric not in known[key]:
+            raise ValueError(f"--tasks {name}: no metric {metric}; it has {', '.join(known[key])}")
+        error = known[key].get(metric.replace(",", "_stderr,"))
+        tasks[name] = {"score": 100 * known[key][metric], "metric": metric, "shots": shots, "stderr": 100 * error if error is not None else None}
+        print(f"{name} ({shots} shots, {metric}): {tasks[name]['score']:.2f}", file=sys.stderr)
+    if len(tasks) < len(wanted):
+        return {}
+    return finish(args, folder, {
+        "benchmark": "openllm-v1" if not args.tasks else "openllm", "model": args.model, "score": float(np.mean([t["score"] for t in tasks.values()])),
+        "low": None, "high": None, "tasks": tasks, "chat_template": args.apply_chat_template, "limit": args.limit, "lm_eval": lm_eval.__version__})
+
+
+def alpaca_eval(args) -> dict:
+    """AlpacaEval-2: outputs in its own format, then the alpaca_eval package annotates and computes win rates."""
+    package = needs("alpaca_eval", 'alpaca_eval==0.6.6 "setuptools<81"')
+    folder, questions = output_folder(args, "alpaca-eval"), read_questions(args)
+    answers = candidate_answers(args, folder, questions, lambda q: args.temperature)
+    name = (args.model or Path(args.answers).name).rstrip("/").replace("/", "--")
+    outputs = [{"instruction": q["turns"][0], "output": answers[q["id"]][0], "generator": name, "dataset": q["category"]} for q in questions]
+    sft.write_json(folder / "outputs.json", outputs)
+    wanted = {q["turns"][0] for q in questions}
+    reference = [r for _, r in read_rows(args.reference_outputs or args.questions, "--reference-outputs") if r["instruction"] in wanted]
+    if [r["instruction"] for r in reference] != [o["instruction"] for o in outputs] or not all("output" in r for r in reference):
+        raise ValueError(f"--reference-outputs {args.reference_outputs or args.questions}: needs one output to each instruction, in their order")
+    if args.judge_url:
+        os.environ["OPENAI_BASE_URL"] = args.judge_url      # the way its OpenAI client takes an endpoint
+    board, annotations = package.evaluate(
+        model_outputs=outputs, reference_outputs=reference, annotators_config=args.annotator, name=name, output_path=str(folder),
+        is_return_instead_of_print=True, precomputed_leaderboard=None, is_cache_leaderboard=False,
+        caching_path=str(folder / "annotations-cache.json"),
+        fn_metric="get_length_controlled_winrate" if args.length_controlled else "get_winrate",
+        metric_kwargs={"save_weights_dir": None} if args.length_controlled else {},
+        sort_by="length_controlled_winrate" if args.length_controlled else "win_rate")
+    row = {k: v.item() if hasattr(v, "item") else v for k, v in board.loc[name].to_dict().items()}
+    unparsed = sum(a.get("preference") is None or a["preference"] != a["preference"] for a in annotations)
+    return finish(args, folder, {
+        "benchmark": "alpaca-eval-2", "model": args.model or args.answers, "judge": args.annotator, "baseline": reference[0].get("generator"),
+        "parse": args.annotator, "temperature": args.temperature, "template": None, "unparsed": unparsed, "questions": len(questions),
+        "score": row.get("length_controlled_winrate", row["win_rate"]), "low": None, "high": None, "win_rate": row["win_rate"],
+        "length_controlled_win_rate": row.get("length_controlled_winrate"), "standard_error": row.get("standard_error"),
+        "alpaca_eval": package.__version__ if hasattr(package, "__version__") else None, "outputs": str(folder / "outputs.json")})
+
+
 # -------------------------------------------------------------------------------------------------- main
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -517,7 +880,7 @@ def parser() -> argparse.ArgumentParser:
         for group in groups:
             group(c.add_argument)
         return c.add_argument
-    for name, run, temperature in (("arena-hard", arena_hard, None), ("mt-bench", mt_bench, None)):
+    for name, run in (("arena-hard", arena_hard), ("mt-bench", mt_bench)):
         add = command(name, run, model_flags, sampling_flags, judge_flags)
         add("--questions", help="FILE or hf:..; None: the benchmark's Hub data")
         add("--templates", help="the benchmark's own judge templates, FILE or hf:..")
@@ -530,7 +893,81 @@ def parser() -> argparse.ArgumentParser:
         else:
             add("--references", default=MT_BENCH + "mt_bench/reference_answer/gpt-4.jsonl", help="reference answers, FILE or hf:..")
         add("--bootstrap", type=int, default=100, help="resamples of the interval")
+
+    add = command("alpaca-eval", alpaca_eval, model_flags, sampling_flags)
+    add("--questions", help="instructions, and the baseline's outputs; None: the benchmark's Hub data")
+    add("--reference-outputs", help="the baseline's outputs, FILE or hf:..; None: those of --questions")
+    add("--limit", type=int, help="first N instructions; None: all")
+    add("--temperature", type=float, default=0.0)
+    add("--annotator", default="weighted_alpaca_eval_gpt4_turbo", help="a config of the package, by name or folder")
+    add("--base-url", "--judge-url", dest="judge_url", metavar="URL", help="the annotator's endpoint; None: OpenAI's")
+    add("--length-controlled", action=argparse.BooleanOptionalAction, default=True, help="needs the benchmark's own data from the Hub")
+
+    add = command("openllm", openllm)
+    add("model", metavar="MODEL", help="folder or Hub id")
+    add("--engine", choices=["hf", "vllm"], default="hf", help="several GPUs: `accelerate launch evaluate.py openllm` (hf), "
+        "--model-args tensor_parallel_size=N or data_parallel_size=N (vllm)")
+    add("--tasks", nargs="+", help="NAME[:SHOTS[:METRIC]] of lm-evaluation-harness; None: the leaderboard's six")
+    add("--include-path", help="a folder of further task files")
+    add("--limit", type=int, help="first N examples of a task; None: all")
+    add("--apply-chat-template", action="store_true", help="off on the leaderboard")
+    add("--batch-size", default="auto", help="hf engine")
+    add("--model-args", help="more of the harness' own, NAME=VALUE,..")
+    add("--dtype", choices=["fp32", "bf16"], help="None: bf16 on GPU")
+    add("--output", help="folder; None: MODEL/evaluate/openllm")
+
+    add = command("judge", judge, sampling_flags, judge_flags, empty_system=0.0)
+    add("runs", nargs="+", metavar="RUNS", help="folders or Hub ids")
+    add("--data", nargs="+", default=["demo:test"], help="prompts, NAME[:split][=fraction], several")
+    add("--limit", type=int, help="first N prompts; None: all")
+    add("--temperature", type=float, default=0.0, help="of the answers; 0: greedy")
+    add("--judge-template", help="llm judge: a file with {prompt}, {answer_a}, {answer_b} that asks for [[A]], [[B]] or [[C]]")
+    add("--judge-tokens", type=int, default=16384, help="tokens a judge's batch, with padding")
+    add("--bootstrap", type=int, default=1000, help="resamples of the interval")
+    add("--output", help="folder; None: runs/evaluate/judge")
+    data_flags(add)
+
+    add = command("margins", margins)
+    add("before", metavar="BEFORE", help="folder or Hub id")
+    add("after", metavar="AFTER", help="folder or Hub id")
+    add("--data", nargs="+", default=["demo-pairs:test"], help="preference pairs, NAME[:split][=fraction], several")
+    add("--output", help="folder; None: runs/evaluate/margins")
+    add("--plot", help="picture; None: margins.png in the folder")
+    pair_flags(add)
+
+    add = command("stages", stages)
+    add("runs", nargs="*", metavar="RUNS", default=STAGES, help="folders; None: the demo's three")
+    add("--data", nargs="+", default=["demo-pairs:test"], help="preference pairs that margins are taken on")
+    pair_flags(add)
+
+    add = command("curve", curve)
+    add("runs", nargs="+", metavar="RUNS", help="folders of finished runs")
+    add("--x", choices=["steps", "tokens", "flops"], default="steps", help="cumulative, with those of runs trained further")
+    add("--y", default="exact_match", help="a number of run.json's result, or an evaluation's folder name, like arena-hard")
+    add("--output", help="folder; None: runs/evaluate/curve")
+    add("--plot", help="picture; None: curve.png in the folder")
+
+    add = command("report", report)
+    add("runs", nargs="+", metavar="RUNS", help="folders of finished runs")
+    add("--score", nargs="+", help="names as for curve --y; None: exact match and every evaluation there")
+    add("--samples", type=int, default=8, help="answers to show")
+    add("--output", help="folder; None: runs/evaluate/report")
     return p
+
+
+def data_flags(add):
+    add("--max-length", type=int, default=2048, help="tokens a row; longer ones are cut and counted")
+    add("--bad-rows", choices=["refuse", "stop"], default="refuse", help="count them, or stop at the first")
+    add("--num-proc", type=int, help="processes that prepare data; None: all cores")
+    add("--cache-dir", help="prepared data and log-probs; None: ~/.cache/lions")
+
+
+def pair_flags(add):
+    data_flags(add)
+    add("--max-prompt-length", type=int, default=512, help="prompt tokens that stay when a pair is too long")
+    add("--micro-tokens", type=int, help="tokens a batch on a GPU; None: --max-length")
+    add("--dtype", choices=["fp32", "bf16"], help="None: bf16 on GPU")
+    add("--chat-template", default="tokenizer", help="chatml, tokenizer (its own) or a jinja file")
 
 
 def model_flags(add):
@@ -567,7 +1004,9 @@ def judge_flags(add):
 
 DEFAULTS = {"arena-hard": dict(questions=ARENA + "question.jsonl", max_new_tokens=4096, judge_max_tokens=4096),
             "mt-bench": dict(questions=MT_BENCH + "mt_bench/question.jsonl", templates=MT_BENCH + "judge_prompts.jsonl",
-                             max_new_tokens=1024, judge_max_tokens=2048, judge="gpt-4")}
+                             max_new_tokens=1024, judge_max_tokens=2048, judge="gpt-4"),
+            "alpaca-eval": dict(questions=ALPACA, max_new_tokens=2048),
+            "judge": dict(max_new_tokens=2048, judge_max_tokens=2048, judge="pairrm")}
 
 
 def check_flags(args) -> list[str]:
@@ -580,15 +1019,22 @@ def check_flags(args) -> list[str]:
         why.append(f"{flag('top_p')}: must lie in (0, 1]")
     if have("price") and min(args.price) < 0:
         why.append(f"--price {args.price[0]:g} {args.price[1]:g}: must not be below 0")
-    if hasattr(args, "answers"):
-        if not args.model and not args.answers:
-            why.append("MODEL: needed, a folder or Hub id; or --answers FILE, its answers")
-        if args.engine == "server" and not args.server_url and not args.answers:
-            why.append("--engine server: needs --server-url, an endpoint like http://localhost:8000/v1")
-        if args.engine != "server" and args.model and args.model.startswith((".", "/", "runs/")) and not Path(args.model).is_dir() \
-                and not args.answers:
-            why.append(f"MODEL {args.model}: no such folder")
-    if hasattr(args, "price") and not args.judge_url and not args.dry_run:
+    models = have("runs") or [m for f in ("model", "before", "after") if (m := have(f))]
+    if hasattr(args, "answers") and not args.model and not args.answers:
+        why.append("MODEL: needed, a folder or Hub id; or --answers FILE, its answers")
+    if have("engine") == "server" and not args.server_url and not have("answers"):
+        why.append("--engine server: needs --server-url, an endpoint like http://localhost:8000/v1")
+    if args.command not in ("stages", "curve", "report") and have("engine") != "server" and not have("answers"):
+        why += [f"{m}: no such folder" for m in models if m.startswith((".", "/", "runs/")) and not Path(m).is_dir()]
+    kind, _, name = (have("judge") or "").partition(":")
+    if args.command == "judge":
+        if kind not in ("pairrm", "reward", "llm", "python") or (kind != "pairrm" and not name):
+            why.append(f"--judge {args.judge}: not pairrm[:MODEL], reward:MODEL, llm:MODEL or python:FILE:FUNCTION")
+        if kind == "llm" and not args.judge_template:
+            why.append(f"--judge-template: needed for --judge {args.judge}, a file with {{prompt}}, {{answer_a}}, {{answer_b}}")
+        if kind != "llm" and args.dry_run:
+            why.append(f"--dry-run: --judge {args.judge} costs nothing; it is for llm judges")
+    if hasattr(args, "price") and not args.judge_url and not args.dry_run and (args.command != "judge" or kind == "llm"):
         why.append("--base-url: needed, the judge's OpenAI-compatible endpoint (https://api.openai.com/v1); --dry-run counts without one")
     for name, url in (("--base-url", have("judge_url")), ("--server-url", have("server_url"))):
         parts = urllib.parse.urlsplit(url or "http://x")
