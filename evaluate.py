@@ -250,8 +250,9 @@ def model_key(args) -> str:
     return dpo.weights_hash(args.model)
 
 
-def sample_answers(args, folder: Path, asked: list[dict]) -> list[str]:
-    """Texts for {"messages", "temperature"}, each by one call of the engine, from answers-0.jsonl where they are there."""
+def sample_answers(args, folder: Path, asked: list[dict]) -> list[str] | None:
+    """Texts for {"messages", "temperature"}, each by one call of the engine, from answers-0.jsonl where they are there; None
+    where --dry-run would have to sample."""
     from tqdm import tqdm
     tokenizer = template = None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -268,6 +269,8 @@ def sample_answers(args, folder: Path, asked: list[dict]) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     online_dpo.cut_torn_lines(folder, "answers-*.jsonl")
     known = {r["key"]: r["text"] for r in online_dpo.read_growing(folder, "answers-*.jsonl")}
+    if args.dry_run and not all(k in known for k in keys):
+        return None
     bar = tqdm(total=len(asked), initial=sum(k in known for k in keys), unit="answer", desc="answers", dynamic_ncols=True)
     with open(folder / "answers-0.jsonl", "a") as file:
         for t in sorted({a["temperature"] for a in asked}):
@@ -288,14 +291,14 @@ def candidate_answers(args, folder: Path, questions: list[dict], temperature=lam
     """--answers, or the model's own, turn after turn: id -> texts. None where --dry-run would have to sample them."""
     if args.answers:
         return read_answers(args.answers, "--answers", questions)
-    if args.dry_run:
-        return None
     said = {q["id"]: [] for q in questions}
     for turn in range(max(len(q["turns"]) for q in questions)):
         now = [q for q in questions if turn < len(q["turns"])]
         asked = [{"temperature": temperature(q), "messages": [
             m for i in range(turn + 1) for m in data.ask(q["turns"][i], (said[q["id"]] + [""])[i])][:-1]} for q in now]
-        for q, text in zip(now, sample_answers(args, folder, asked)):
+        if (made := sample_answers(args, folder, asked)) is None:
+            return None
+        for q, text in zip(now, made):
             said[q["id"]].append(text)
     return said
 
@@ -314,7 +317,7 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
     known = {r["key"]: r["reply"] for r in online_dpo.read_growing(folder, "verdicts-*.jsonl") if r["reply"] is not None}
     settings = {"model": args.judge, "temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
     key_of = lambda name, messages: digest([name, settings, messages])
-    todo = [c for c in calls if key_of(c["id"], c["messages"]) not in known]
+    todo = [c for c in calls if c.get("extra") or key_of(c["id"], c["messages"]) not in known]     # extra: answer to come
     if args.dry_run:
         return {}, dry_run(args, calls, todo, follow_up)
     lock, failing, counts = threading.Lock(), [0], {"asked": 0, "failed": 0, "judge_tokens": 0}
@@ -517,9 +520,9 @@ def judge(args) -> dict:
     tokenizer, template = sft.load_tokenizer(first)
     rows, data_key = online_dpo.read_prompts(first, tokenizer, template, rank, lambda *a: print(*a, file=sys.stderr))
     rows = rows[:args.limit]
-    said = {n: sample_answers(dpo.argparse_with(args, model=run, dry_run=False), folder / n, [
-        {"messages": r["prompt"], "temperature": args.temperature} for r in rows]) for n, run in zip(names, args.runs)} \
-        if not args.dry_run else None
+    said = {n: sample_answers(dpo.argparse_with(args, model=run), folder / n, [
+        {"messages": r["prompt"], "temperature": args.temperature} for r in rows]) for n, run in zip(names, args.runs)}
+    said = None if None in said.values() else said          # --dry-run before there are answers
     duels = [(a, b) for i, a in enumerate(names) for b in names[i + 1:]]
     outcomes, counts = {}, {}
     if kind == "llm":
@@ -760,13 +763,14 @@ def report(args) -> dict:
                   else dict.fromkeys(("score", "low", "high")) for r in runs] for n in names}
     held = [k for k in ("eval_loss", "eval_margin", "eval_accuracy") if any(r["result"].get(k) is not None for r in runs)]
     interval = lambda s: show(s["score"]) + (f" ({show(s['low'])} .. {show(s['high'])})" if s["low"] is not None else "")
-    correlations = {}
+    correlations, tuned = {}, any(r["stage"] != "sft" for r in runs)    # SFT's loss is of another kind: not with DPO's
     for k in held:
         for n in names:
-            both = [(r["result"][k], s["score"]) for r, s in zip(runs, scores[n]) if r["result"].get(k) is not None and s["score"] is not None]
+            both = [(r["result"][k], s["score"]) for r, s in zip(runs, scores[n]) if r["result"].get(k) is not None
+                    and s["score"] is not None and not (tuned and r["stage"] == "sft")]
             correlations[f"{k} with {n}"] = rank_correlation(*zip(*both)) if both else None
     sft.plot_curves(folder / "curves.png", {r["name"]: [json.loads(x) for x in (r["folder"] / "metrics.jsonl").read_text().splitlines()]
-                                            for r in runs}, dpo.CURVES if any(r["stage"] != "sft" for r in runs) else sft.CURVES)
+                                            for r in runs}, dpo.CURVES if tuned else sft.CURVES)
     shared = [k for k in runs[0]["right"] if all(k in r["right"] for r in runs)][:args.samples]
     answers = [[next(s for s in r["samples"] if json.dumps(s["prompt"]) == k) for r in runs] for k in shared]
     page = ["# Runs", table(["run", "stage", "data", *(f"--{f.replace('_', '-')}" for f in flags)], [
@@ -795,7 +799,8 @@ def needs(package: str, pinned: str):
 
 def openllm(args) -> dict:
     """Open LLM Leaderboard v1 by lm-evaluation-harness: six tasks with their shots and metrics, and their average."""
-    lm_eval = needs("lm_eval", "lm-eval==0.4.13")
+    lm_eval = needs("lm_eval", '"lm-eval[hf]==0.4.13"')
+    needs("accelerate", '"lm-eval[hf]==0.4.13"')
     from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
     folder = output_folder(args, "openllm")
@@ -807,7 +812,8 @@ def openllm(args) -> dict:
         wanted[name] = (int(shots) if shots else None, metric)
     manager = TaskManager(include_path=args.include_path)
     settings = f"pretrained={args.model},dtype={'float32' if args.dtype == 'fp32' else 'bfloat16'}" + (f",{args.model_args}" if args.model_args else "")
-    model = get_model(args.engine).create_from_arg_string(settings, {"batch_size": args.batch_size} if args.engine == "hf" else {})
+    model = get_model(args.engine).create_from_arg_string(settings, 
+        {"batch_size": args.batch_size, "device": "cuda" if torch.cuda.is_available() else "cpu"} if args.engine == "hf" else {})
     decides = [dpo.weights_hash(args.model), settings, args.engine, args.limit, args.apply_chat_template, lm_eval.__version__]
     folder.mkdir(parents=True, exist_ok=True)
     online_dpo.cut_torn_lines(folder, "tasks-*.jsonl")
@@ -894,11 +900,11 @@ def parser() -> argparse.ArgumentParser:
             add("--references", default=MT_BENCH + "mt_bench/reference_answer/gpt-4.jsonl", help="reference answers, FILE or hf:..")
         add("--bootstrap", type=int, default=100, help="resamples of the interval")
 
-    add = command("alpaca-eval", alpaca_eval, model_flags, sampling_flags)
+    add = command("alpaca-eval", alpaca_eval, model_flags, sampling_flags, request_flags, dry_run=False)
     add("--questions", help="instructions, and the baseline's outputs; None: the benchmark's Hub data")
     add("--reference-outputs", help="the baseline's outputs, FILE or hf:..; None: those of --questions")
     add("--limit", type=int, help="first N instructions; None: all")
-    add("--temperature", type=float, default=0.0)
+    add("--temperature", type=float, default=0.0, help="of the answers; 0: greedy")
     add("--annotator", default="weighted_alpaca_eval_gpt4_turbo", help="a config of the package, by name or folder")
     add("--base-url", "--judge-url", dest="judge_url", metavar="URL", help="the annotator's endpoint; None: OpenAI's")
     add("--length-controlled", action=argparse.BooleanOptionalAction, default=True, help="needs the benchmark's own data from the Hub")
@@ -989,15 +995,19 @@ def sampling_flags(add):
     add("--seed", type=int, default=42)
 
 
+def request_flags(add):
+    add("--concurrency", type=int, default=16, help="requests at once")
+    add("--timeout", type=float, default=600, help="seconds a request may stay silent")
+    add("--retries", type=int, default=6, help="further tries of a request, each after twice the wait")
+
+
 def judge_flags(add):
+    request_flags(add)
     add("--judge", help="the judge's model name; None: the benchmark's")
     add("--base-url", "--judge-url", dest="judge_url", metavar="URL", help="the judge: an OpenAI-compatible endpoint; its key comes "
         "from OPENAI_API_KEY")
     add("--judge-temperature", type=float, default=0.0)
     add("--judge-max-tokens", type=int, help="a verdict's limit; None: the benchmark's")
-    add("--concurrency", type=int, default=16, help="requests at once")
-    add("--timeout", type=float, default=600, help="seconds a request may stay silent")
-    add("--retries", type=int, default=6, help="further tries of a request, each after twice the wait")
     add("--dry-run", action="store_true", help="print calls, tokens and cost; send and sample nothing")
     add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="the judge's price a million tokens in and out")
 

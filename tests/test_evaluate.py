@@ -572,3 +572,224 @@ def test_templates_with_unknown_placeholders_are_refused(tmp_path):
     (tmp_path / "template.yaml").write_text(TEMPLATE.replace("{answer_2}", "{answer_7}"))
     with pytest.raises(ValueError, match="--templates .*placeholders answer_7 are unknown"):
         evaluate.main([*run, "--base-url", "http://127.0.0.1:9/v1"])
+
+
+# ------------------------------------------------------------------------------------- models, runs, pictures
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A small chain: SFT and two DPO runs, as folders of finished runs with samples."""
+    import dpo
+    folder = tmp_path_factory.mktemp("runs")
+    cache = ["--cache-dir", str(folder / "cache")]
+    sft.main(["--preset", "demo", "--data", "demo:test", "--max-length", "128", "--batch-size", "6", "--max-steps", "3", "--eval-samples", "20",
+              "--output", str(folder / "sft"), *cache])
+    for pairs, steps in ((20, 4), (40, 2)):
+        dpo.main(["--preset", "demo", "--model", str(folder / "sft"), "--data", "demo-pairs:test", "--max-pairs", str(pairs), "--max-steps",
+                  str(steps), "--batch-size", "8", "--lr", "1e-3", "--eval-samples", "20", "--eval-data", "demo-pairs:test=0.1", "--output",
+                  str(folder / f"dpo-{pairs}-{steps}"), *cache])
+    return folder
+
+
+def test_arena_hard_samples_and_resumes(runs, tmp_path):
+    """MODEL's own answers: greedy, each sampled once, kept when another judge is asked, made anew for other weights."""
+    run, *_ = arena_files(tmp_path, 5)
+    run = [x for i, x in enumerate(run) if x != "--answers" and run[i - 1] != "--answers"] + ["--max-new-tokens", "8"]
+    server = Server(longer_wins)
+    asked = lambda model, *rest: evaluate.main([*run, str(runs / model), *rest, "--base-url", server.url])
+    first = asked("sft")
+    lines = lambda: (tmp_path / "out/answers-0.jsonl").read_text().splitlines()
+    assert len(lines()) == 5 and first["asked"] == 10 and first["model"] == str(runs / "sft")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(runs / "sft"), AutoTokenizer.from_pretrained(runs / "sft")
+    spec = sorted(sft.sample_responses(model, tokenizer, [[{"role": "user", "content": f"question {i}"}] for i in range(5)], 8))
+    assert sorted(json.loads(x)["text"] for x in lines()) == sorted(a.text for a in spec)
+    asked("sft", "--judge", "other")
+    assert len(lines()) == 5
+    asked("dpo-20-4")
+    assert len(lines()) == 10
+    (tmp_path / "out/answers-0.jsonl").write_text("\n".join(lines()[:3]) + '\n{"key": "to')
+    assert asked("sft")["asked"] == 0 and len(lines()) == 5    # the two lost ones came out the same: no verdict paid again
+    told = asked("sft", "--max-new-tokens", "9", "--dry-run")  # answers to come: all calls, their tokens at most
+    assert told["calls"] == 10 and len(lines()) == 5 and told["tokens_in"] > 10 * 9
+    assert asked("sft", "--dry-run")["calls"] == 0
+
+
+def test_mt_bench_samples_two_turns_at_the_categories_temperature(tmp_path):
+    """The second turn sees the model's own first answer; writing 0.7, math 0, stem 0.1."""
+    run = mt_files(tmp_path, 3, answers=False)
+    model = Server(lambda p, n: f"echo {p['messages'][-1]['content']} after {len(p['messages'])}")
+    judge = Server(lambda p, n: "[[5]]")
+    result = evaluate.main([*run, "--engine", "server", "--server-url", model.url, "--served-model", "me", "me", "--base-url", judge.url])
+    assert result["score"] == 5 and len(model.seen) == 6
+    first = {p["messages"][0]["content"]: p for p in model.seen if len(p["messages"]) == 1}
+    assert {k: p["temperature"] for k, p in first.items()} == {"first 0": 0.7, "first 1": 0.0, "first 2": 0.1}
+    for p in (p for p in model.seen if len(p["messages"]) == 3):
+        i = p["messages"][0]["content"][-1]
+        assert [m["content"] for m in p["messages"]] == [f"first {i}", f"echo first {i} after 1", f"second {i}"]
+        assert p["temperature"] == first[f"first {i}"]["temperature"] and p["max_tokens"] == 1024
+    assert any("echo second 1 after 3" in p["messages"][1]["content"] for p in judge.seen)
+
+
+def test_unreachable_answer_server_names_its_own_flag(tmp_path, fast):
+    run = mt_files(tmp_path, 3, answers=False)
+    with pytest.raises(ValueError, match="--server-url http://127.0.0.1:9/v1"):
+        evaluate.main([*run, "--engine", "server", "--server-url", "http://127.0.0.1:9/v1", "me", "--base-url", "http://127.0.0.1:9/v1"])
+
+
+def test_margins_by_hand():
+    """before -1, 1, 3; after 1, -1, 4: accuracy 2/3 both, one flip each way, changes 2, -2, 1: y = c0 + c1 x + c2 x^2 through
+    (-1, 2), (1, -2), (3, 1): c2 = 7/8, c1 = -2, c0 = -7/8; vertex 8/7."""
+    s = evaluate.margin_summary([-1, 1, 3], [1, -1, 4], bins=3)
+    assert (s["accuracy_before"], s["accuracy_after"], s["to_right"], s["to_wrong"]) == (2 / 3, 2 / 3, 1, 1)
+    assert s["fit"]["coefficients"] == pytest.approx([-7 / 8, -2, 7 / 8]) and s["fit"]["vertex"] == pytest.approx(8 / 7)
+    assert [(b["before"], b["change"], b["pairs"]) for b in s["bins"]] == [(-1, 2, 1), (1, -2, 1), (3, 1, 1)]
+    assert s["margin_before"] == 1 and s["margin_after"] == pytest.approx(4 / 3)
+
+
+def plain_margin(model, tokenizer, pair):
+    """log pi(y_w|x) - log pi(y_l|x) by stock transformers, one sequence at a time."""
+    sums = []
+    for side in (pair["chosen"], pair["rejected"]):
+        x = sft.prompt_ids(tokenizer, pair["prompt"])
+        ids = x + tokenizer(side[0]["content"] + "<|im_end|>", add_special_tokens=False).input_ids
+        with torch.no_grad():
+            logps = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        sums.append(sum(logps[i - 1, ids[i]].item() for i in range(len(x), len(ids))))
+    return sums[0] - sums[1]
+
+
+def test_margins_equal_stock_transformers(runs, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    pairs = data.demo_pairs(400, 0, "test")[:12]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    folders = [runs / "sft", runs / "dpo-20-4"]
+    result = evaluate.main(["margins", *map(str, folders), "--data", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "out"),
+                            "--cache-dir", str(tmp_path / "cache")])
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    spec = [sorted(plain_margin(AutoModelForCausalLM.from_pretrained(f), tokenizer, p) for p in pairs) for f in folders]
+    rows = [json.loads(x) for x in (tmp_path / "out/margins.jsonl").read_text().splitlines()]
+    for k, s in zip(("before", "after"), spec):
+        assert sorted(r[k] for r in rows) == pytest.approx(s, abs=2e-4)
+    assert result["pairs"] == 12 and (tmp_path / "out/margins.png").stat().st_size > 10_000
+    assert result["margin_after"] == pytest.approx(np.mean(spec[1]), abs=2e-4)
+    same = evaluate.main(["margins", str(folders[0]), str(folders[0]), "--data", str(tmp_path / "pairs.jsonl"), "--output",
+                          str(tmp_path / "same"), "--cache-dir", str(tmp_path / "cache")])
+    assert same["margin_before"] == same["margin_after"] and same["to_right"] == same["to_wrong"] == 0 and \
+        same["fit"]["coefficients"] == pytest.approx([0, 0, 0])
+
+
+def hand_run(folder, right, stage="dpo", **result):
+    """A run's folder as the stages leave it, without a model: correctness of prompts 0, 1, .. and a result."""
+    folder.mkdir(parents=True)
+    rows = [{"prompt": [{"role": "user", "content": f"p{i}"}], "answer": f"a{i} | {folder.name}", "reference": "r", "correct": bool(c)}
+            for i, c in enumerate(right)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "loss": 0.6}\n')
+    (folder / "run.json").write_text(json.dumps({"stage": stage, "flags": {"lr": result.pop("lr", 1)}, "result": {
+        "exact_match": float(np.mean(right)), "output": str(folder), **result}}))
+    return str(folder)
+
+
+def test_stages_by_hand(tmp_path, monkeypatch, capsys):
+    """Right 1, 1, 0, 0 then 1, 0, 1, 1: wins of the second (1/2 + 0 + 1 + 1) / 4 = 0.625; the last iteration of an online run is
+    read; the last line is JSON."""
+    a = hand_run(tmp_path / "sft", [1, 1, 0, 0], "sft")
+    hand_run(tmp_path / "online/iteration-2", [1, 0, 1, 1])
+    hand_run(tmp_path / "online/iteration-1", [0, 0, 0, 0])
+    (tmp_path / "online/run.json").write_text(json.dumps({"stage": "online-dpo", "flags": {}, "result": {"output": "runs/x/iteration-2"}}))
+    asked = []
+    monkeypatch.setattr(evaluate, "pair_margins", lambda args, names: (asked.extend(names), [np.array([-1., 1]), np.array([1., 2])])[1:] + ("k",))
+    sft.init_distributed()
+    result = evaluate.main(["stages", a, str(tmp_path / "online")])
+    one, two = result["stages"]
+    assert asked == [a, str(tmp_path / "online/iteration-2")]
+    assert one["exact_match"] == 0.5 and one["win_rate"] is None and two["exact_match"] == 0.75 and two["win_rate"] == 0.625
+    assert two["win_rate_low"] <= 0.625 <= two["win_rate_high"] and (two["to_right"], two["to_wrong"], two["accuracy"]) == (1, 0, 1)
+    assert "| 75.0 (" in capsys.readouterr().out
+
+
+def test_no_arguments_is_the_demo_table_and_ends_in_json(runs, tmp_path, monkeypatch):
+    """`python evaluate.py` in a folder with the demo's runs; without them it says what to run."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="RUNS runs/sft: no finished run there.*run python sft.py first"):
+        evaluate.main([])
+    (tmp_path / "runs/online-dpo").mkdir(parents=True)
+    for name, target in (("sft", "sft"), ("dpo", "dpo-20-4"), ("online-dpo/iteration-1", "dpo-40-2")):
+        (tmp_path / "runs" / name).symlink_to(runs / target)
+    (tmp_path / "runs/online-dpo/run.json").write_text(json.dumps({"stage": "online-dpo", "flags": {}, "result": {
+        "output": "runs/online-dpo/iteration-1"}}))
+    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    stages = json.loads(done.stdout.splitlines()[-1])["stages"]
+    assert [s["name"] for s in stages] == ["sft", "dpo", "online-dpo"] and all("exact_match" in s for s in stages)
+    assert "| stage | exact match |" in done.stdout and all(s["prompts"] == 20 for s in stages)
+
+
+def test_curve_by_hand(tmp_path):
+    """Exact parabolas over log steps: 100 pairs with its top at e^2 steps, 400 at e^3; two steps only: no fit."""
+    made = [hand_run(tmp_path / f"n{n}-s{k}", [1, 0], pairs=n, win=10 - (k - top) ** 2, cumulative={"steps": math.exp(k), "tokens": 1, "flops": 1})
+            for n, top, steps in ((100, 2, (0, 1, 2, 4)), (400, 3, (0, 1, 2, 3, 5)), (900, 3, (1, 2))) for k in steps]
+    result = evaluate.main(["curve", *made, "--y", "win", "--output", str(tmp_path / "out")])
+    lines = result["lines"]
+    assert lines["100"]["saturation"] == pytest.approx(math.exp(2)) and lines["400"]["saturation"] == pytest.approx(math.exp(3))
+    assert "fit" not in lines["900"] and len(lines["900"]["points"]) == 2 and (tmp_path / "out/curve.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="--y arena-hard: .*has no such score; it has exact_match, pairs, win"):
+        evaluate.main(["curve", *made, "--y", "arena-hard"])
+    (Path(made[0]) / "evaluate/arena-hard").mkdir(parents=True)
+    (Path(made[0]) / "evaluate/arena-hard/result.json").write_text('{"score": 12.5, "low": 11, "high": 14}')
+    one = evaluate.main(["curve", made[0], "--y", "arena-hard", "--output", str(tmp_path / "out")])["lines"]["100"]["points"][0]
+    assert (one["score"], one["low"], one["high"]) == (12.5, 11, 14)
+
+
+def test_report_page(tmp_path):
+    made = [hand_run(tmp_path / f"r{i}", [1] * (4 - i) + [0] * i, lr=i, eval_loss=0.1 * i, eval_accuracy=[0.5, 0.7, 0.6][i], pairs=9)
+            for i in range(3)]
+    (Path(made[1]) / "evaluate/mt-bench").mkdir(parents=True)
+    (Path(made[1]) / "evaluate/mt-bench/result.json").write_text('{"score": 5.5, "low": 5, "high": 6}')
+    result = evaluate.main(["report", *made, "--output", str(tmp_path / "out")])
+    assert result["rank_correlation"]["eval_loss with exact_match"] == pytest.approx(-1)
+    assert result["rank_correlation"]["eval_accuracy with exact_match"] == pytest.approx(-0.5)
+    page = (tmp_path / "out/report.md").read_text()
+    assert "--lr" in page and "5.5 (5 .. 6)" in page and "a0 \\| r1 *" in page and (tmp_path / "out/curves.png").is_file()
+
+
+def test_judge_runs_by_a_python_judge(runs, tmp_path):
+    """A judge that counts letters: the win rate of b over a by hand; one that likes the first seat: 50% of what differs."""
+    (tmp_path / "j.py").write_text("def letters(prompt, answers, reference):\n    return [len(a) for a in answers]\n"
+                                   "def first(prompt, answers, reference):\n    return [1.0, 0.0]\n")
+    run = ["judge", str(runs / "sft"), str(runs / "dpo-20-4"), "--data", "demo:test", "--limit", "20", "--max-new-tokens", "8", "--output",
+           str(tmp_path / "out"), "--cache-dir", str(runs / "cache")]
+    result = evaluate.main([*run, "--judge", f"python:{tmp_path}/j.py:letters"])
+    (name, got), = result["win_rates"].items()
+    folders = sorted(f for f in (tmp_path / "out").iterdir() if f.is_dir())
+    dpo_said, sft_said = ([json.loads(x)["text"] for x in (f / "answers-0.jsonl").read_text().splitlines()] for f in folders)
+    assert name.endswith("dpo-20-4 over " + evaluate.name_of(str(runs / "sft"))) and len(sft_said) == 20 == got["prompts"]
+    seat = evaluate.main([*run, "--judge", f"python:{tmp_path}/j.py:first"])["win_rates"][name]
+    assert seat["win_rate"] == 0.5 and seat["equal"] == got["equal"]
+
+
+def test_judge_runs_by_an_llm(runs, tmp_path):
+    """Longer wins over HTTP, both orders; replies without a verdict leave a prompt's other order, or the prompt out."""
+    (tmp_path / "t.txt").write_text("{prompt}\n⟪a⟫{answer_a}⟪/a⟫\n⟪b⟫{answer_b}⟪/b⟫")
+    prompts = [{"messages": [{"role": "user", "content": f"p{i}"}, {"role": "assistant", "content": "x"}], "answer": "x"} for i in range(6)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    texts = {"one": lambda i: "z" * (i + 1), "two": lambda i: "z" * [3, 1, 3, 9, 1, 9][i]}      # lengths 1..6 against these
+    models = {n: Server(lambda p, _, f=f: f(int(p["messages"][-1]["content"][1:]))) for n, f in texts.items()}
+    for n in texts:                                         # the same text from any server would do; one folder each holds them
+        os.symlink(runs / "sft", tmp_path / n)
+    served = Server(lambda p, n: texts[p["model"].rsplit("/", 1)[1]](int(p["messages"][-1]["content"][1:])))
+    part = lambda text, k: text.rsplit(f"⟪{k}⟫", 1)[1].rsplit(f"⟪/{k}⟫", 1)[0]
+
+    def reply(p, n):
+        text = p["messages"][0]["content"]
+        a, b = part(text, "a"), part(text, "b")
+        silent = text.startswith("p0\n") or (text.startswith("p3\n") and len(a) == 9)
+        return "cannot say" if silent else f"[[{'A' if len(a) > len(b) else 'B'}]]"
+    server = Server(reply)
+    result = evaluate.main(["judge", str(tmp_path / "one"), str(tmp_path / "two"), "--data", str(tmp_path / "p.jsonl"), "--engine", "server",
+                            "--server-url", served.url, "--judge", "llm:x", "--judge-template", str(tmp_path / "t.txt"), "--base-url", server.url,
+                            "--output", str(tmp_path / "out"), "--cache-dir", str(runs / "cache"), "--max-new-tokens", "8"])
+    (name, got), = result["win_rates"].items()
+    # lengths one 1 2 3 4 5 6, two 3 1 3 9 1 9: p0 silent, p1 lost, p2 equal, p3 won (one order), p4 lost, p5 won
+    assert name.endswith("two over " + evaluate.name_of(str(tmp_path / "one"))) and got["prompts"] == 5 and got["equal"] == 1
+    assert got["win_rate"] == pytest.approx((0 + 0.5 + 1 + 0 + 1) / 5) and result["unparsed"] == 3 and len(server.seen) == 10
