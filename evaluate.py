@@ -850,6 +850,7 @@ def alpaca_eval(args) -> dict:
     answers = candidate_answers(args, folder, questions, lambda q: args.temperature)
     name = (args.model or Path(args.answers).name).rstrip("/").replace("/", "--")
     outputs = [{"instruction": q["turns"][0], "output": answers[q["id"]][0], "generator": name, "dataset": q["category"]} for q in questions]
+    folder.mkdir(parents=True, exist_ok=True)
     sft.write_json(folder / "outputs.json", outputs)
     wanted = {q["turns"][0] for q in questions}
     reference = [r for _, r in read_rows(args.reference_outputs or args.questions, "--reference-outputs") if r["instruction"] in wanted]

@@ -793,3 +793,116 @@ def test_judge_runs_by_an_llm(runs, tmp_path):
     # lengths one 1 2 3 4 5 6, two 3 1 3 9 1 9: p0 silent, p1 lost, p2 equal, p3 won (one order), p4 lost, p5 won
     assert name.endswith("two over " + evaluate.name_of(str(tmp_path / "one"))) and got["prompts"] == 5 and got["equal"] == 1
     assert got["win_rate"] == pytest.approx((0 + 0.5 + 1 + 0 + 1) / 5) and result["unparsed"] == 3 and len(server.seen) == 10
+
+
+# ------------------------------------------------------------------------------------ other people's harnesses
+def harness_files(folder, rows):
+    """A multiple-choice and a generation task of lm-evaluation-harness on local rows (question, choices, gold, answer)."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    head = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder}/rows.jsonl\ntest_split: test\nfewshot_split: test\n" \
+        'doc_to_text: "{{question}} "\n'
+    (folder / "choice.yaml").write_text("task: local_choice\noutput_type: multiple_choice\n" + head + 'doc_to_choice: "{{choices}}"\n'
+                                        "doc_to_target: gold\nmetric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n")
+    (folder / "said.yaml").write_text("task: local_said\noutput_type: generate_until\n" + head + 'doc_to_target: "{{answer}}"\n'
+                                      'generation_kwargs:\n  until: ["<|im_end|>"]\n  max_gen_toks: 6\n  do_sample: false\nmetric_list:\n'
+                                      "  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n")
+
+
+def same_as_command_line(model, folder, limit):
+    """evaluate.py openllm and `lm_eval`, the same tasks, shots and limit: equal scores."""
+    result = evaluate.main(["openllm", str(model), "--tasks", "local_choice:2:acc,none", "local_said:0", "--include-path", str(folder),
+                            "--limit", str(limit), "--batch-size", "4", "--output", str(folder / "out")])
+    for task, shots, metric in (("local_choice", 2, "acc,none"), ("local_said", 0, "exact_match,none")):
+        done = subprocess.run([str(Path(sys.executable).parent / "lm_eval"), "run", "--model", "hf", "--model_args",
+                               f"pretrained={model},dtype=float32", "--tasks", task, "--num_fewshot", str(shots), "--include_path", str(folder),
+                               "--limit", str(limit), "--batch_size", "4", "--output_path", str(folder / task)], capture_output=True, text=True,
+                              env={k: v for k, v in os.environ.items() if "RANK" not in k} | {"HF_HUB_OFFLINE": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        made, = (folder / task).rglob("*.json")
+        assert result["tasks"][task]["score"] == pytest.approx(100 * json.loads(made.read_text())["results"][task][metric])
+    return result
+
+
+def test_openllm_equals_its_command_line(runs, tmp_path):
+    """On local task files with our checkpoint; a second run takes the scores from disk, other weights do not."""
+    pytest.importorskip("lm_eval", reason="pip install 'lm-eval[hf]==0.4.13'")
+    rng = random.Random(0)
+    rows = [{"question": f"add {rng.randrange(90)} {rng.randrange(9)}", "choices": [str(rng.randrange(10, 99)) for _ in range(3)],
+             "gold": rng.randrange(3), "answer": str(rng.randrange(10))} for _ in range(40)]
+    harness_files(tmp_path, rows)
+    result = same_as_command_line(runs / "sft", tmp_path, 24)
+    assert 0 < result["tasks"]["local_choice"]["score"] < 100 and result["lm_eval"] and result["chat_template"] is False
+    assert result["score"] == pytest.approx(np.mean([t["score"] for t in result["tasks"].values()]))
+    lines = lambda: len((tmp_path / "out/tasks-0.jsonl").read_text().splitlines())
+    run = ["--tasks", "local_choice:2", "--include-path", str(tmp_path), "--limit", "24", "--batch-size", "4", "--output", str(tmp_path / "out")]
+    again = evaluate.main(["openllm", str(runs / "sft"), *run])
+    assert again["tasks"]["local_choice"] == result["tasks"]["local_choice"] and lines() == 2
+    evaluate.main(["openllm", str(runs / "dpo-20-4"), *run])
+    assert lines() == 3
+
+
+def test_real_gsm8k_by_the_harness(real, runs, tmp_path):
+    """Real GSM8K questions: the right number against a near miss; the same as the command line."""
+    pytest.importorskip("lm_eval", reason="pip install 'lm-eval[hf]==0.4.13'")
+    rows = []
+    for i, (_, r) in enumerate(data.read_lines(str(real / "gsm8k_test.jsonl.gz"))):
+        right = r["answer"].split("#### ")[1].replace(",", "")
+        rows.append({"question": r["question"], "choices": [right, str(int(right) + 1)][:: 1 if i % 2 else -1], "gold": 0 if i % 2 else 1,
+                     "answer": right})
+    harness_files(tmp_path, rows[:60])
+    print(same_as_command_line(runs / "sft", tmp_path, 30)["tasks"])
+
+
+def test_missing_harness_is_named(monkeypatch, runs):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ValueError, match=r"lm_eval is not to be imported .*pip install .lm-eval\[hf\]==0.4.13"):
+        evaluate.main(["openllm", str(runs / "sft")])
+
+
+def test_alpaca_eval_reproduces_given_preferences(tmp_path, monkeypatch):
+    """The package takes our outputs and annotates over HTTP: an annotator that is 80% sure of the longer output gives the
+    mean of 0.8 and 0.2 whichever seat it draws; its own win rate of the same preferences is the same."""
+    package = pytest.importorskip("alpaca_eval", reason="pip install alpaca_eval==0.6.6 'setuptools<81'", exc_type=ImportError)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
+    monkeypatch.setenv("OPENAI_BASE_URL", "")
+    mine, theirs = [3, 9, 2, 8, 5, 7], [5, 4, 1, 9, 6, 2]
+    rows = lambda name, lengths: (tmp_path / name).write_text(json.dumps([
+        {"instruction": f"do {i}", "output": f"OUT{n:03d}", "generator": name[:-5], "dataset": "x"} for i, n in enumerate(lengths)]))
+    rows("base.json", theirs), rows("mine.json", mine)
+
+    def reply(p, n):
+        import re
+        first, second = re.findall(r"OUT(\d+)", p["messages"][-1]["content"])
+        sure = {"m": 0.8 if first > second else 0.2, "M": 0.2 if first > second else 0.8}
+        tops = [{"token": t, "logprob": math.log(v), "bytes": None} for t, v in sure.items()]
+        return json.dumps({"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [{
+            "index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "m"},
+            "logprobs": {"content": [{**tops[0], "top_logprobs": tops}]}}], "usage": {"prompt_tokens": 1, "completion_tokens": 1,
+                                                                                      "total_tokens": 2}}).encode()
+    server = Server(reply)
+    run = ["alpaca-eval", "--answers", str(tmp_path / "mine.json"), "--questions", str(tmp_path / "base.json"), "--base-url", server.url,
+           "--no-length-controlled", "--output", str(tmp_path / "out")]
+    result = evaluate.main(run)
+    assert result["win_rate"] == pytest.approx(100 * np.mean([0.8 if a > b else 0.2 for a, b in zip(mine, theirs)]))
+    assert result["baseline"] == "base" and result["unparsed"] == 0 and len(server.seen) == 6
+    stored, = (tmp_path / "out").rglob("annotations.json")
+    given = package.metrics.get_winrate(json.loads(stored.read_text()))
+    assert given["win_rate"] == pytest.approx(result["win_rate"])
+    evaluate.main(run)                                      # paid once
+    assert len(server.seen) == 6
+    assert "sk-none" not in "".join(f.read_text() for f in (tmp_path / "out").rglob("*.json*"))
+
+
+def test_alpaca_eval_length_control(tmp_path, monkeypatch):
+    """The benchmark's length control is fitted on data that only its Hub data set holds: with it, a number; without, skipped."""
+    pytest.importorskip("alpaca_eval", reason="pip install alpaca_eval==0.6.6 'setuptools<81'", exc_type=ImportError)
+    try:
+        evaluate.fetch("hf:tatsu-lab/alpaca_eval/instruction_difficulty.csv", "--questions")
+        where = evaluate.fetch(evaluate.ALPACA, "--questions")
+    except ValueError as error:
+        pytest.skip(f"needs tatsu-lab/alpaca_eval from the Hub: {str(error)[:150]}")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
+    server = Server(lambda p, n: 500)
+    result = evaluate.main(["alpaca-eval", "--answers", str(where), "--questions", str(where), "--limit", "20", "--base-url", server.url,
+                            "--output", str(tmp_path / "out")])
+    assert result["length_controlled_win_rate"] == 50       # the baseline against itself, by construction
