@@ -264,7 +264,7 @@ def sample_answers(args, folder: Path, asked: list[dict]) -> list[str] | None:
         if max(sizes) + args.max_new_tokens > context:
             raise ValueError(f"--max-new-tokens {args.max_new_tokens}: with it {sum(s + args.max_new_tokens > context for s in sizes)} "
                              f"of {len(sizes)} prompts (longest {max(sizes)} tokens) exceed {args.model}'s context of {context}; lower it")
-    decides = [model_key(args), tokenizer and tokenizer.chat_template, args.max_new_tokens, args.top_p, args.seed, args.dtype]
+    decides = [model_key(args), args.engine, tokenizer and tokenizer.chat_template, args.max_new_tokens, args.top_p, args.seed, args.dtype]
     keys = [digest([*decides, a["messages"], a["temperature"]]) for a in asked]
     folder.mkdir(parents=True, exist_ok=True)
     online_dpo.cut_torn_lines(folder, "answers-*.jsonl")
@@ -310,9 +310,15 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
     for again; what is parsed is the reply, so another parse variant costs nothing. follow_up: one more user turn where the
     first reply holds no label at all; both texts are parsed together. A request that failed for good is recorded
     without a reply: unparsed now, asked again by the next run. Refused keys and names (401, 403, 404) and 20 failures in a
-    row stop the run."""
+    row of a server that is busy, broken or silent stop the run."""
+    import fcntl
     from tqdm import tqdm
     folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "verdicts-0.jsonl", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # two processes would pay twice
+    except BlockingIOError:
+        raise ValueError(f"--output {folder}: another process is judging into this folder; wait for it or name another") from None
     online_dpo.cut_torn_lines(folder, "verdicts-*.jsonl")
     known = {r["key"]: r["reply"] for r in online_dpo.read_growing(folder, "verdicts-*.jsonl") if r["reply"] is not None}
     settings = {"model": args.judge, "temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
@@ -321,12 +327,11 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
     if args.dry_run:
         return {}, dry_run(args, calls, todo, follow_up)
     lock, failing, counts = threading.Lock(), [0], {"asked": 0, "failed": 0, "judge_tokens": 0}
-    file = open(folder / "verdicts-0.jsonl", "a")
 
     def ask(call):
         messages, said = list(call["messages"]), []
         for last in ([False, True] if follow_up else [True]):
-            key, error, tokens = key_of(call["id"], messages), None, 0
+            key, error, status, tokens = key_of(call["id"], messages), None, None, 0
             reply = known.get(key)
             if reply is None:
                 try:
@@ -334,15 +339,15 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
                 except online_dpo.ChatError as e:
                     if e.status in (401, 403, 404):
                         raise
-                    error = str(e)
+                    error, status = str(e), e.status
                 with lock:
-                    file.write(json.dumps({"key": key, "id": call["id"], "judge": args.judge, "reply": reply, "error": error,
-                                           "tokens": tokens, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}) + "\n")
+                    file.write(json.dumps({"key": key, "id": call["id"], "judge": args.judge, "url": args.judge_url, "reply": reply,
+                                           "error": error, "tokens": tokens, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}) + "\n")
                     file.flush()
                     counts["asked"] += reply is not None
                     counts["failed"] += reply is None
                     counts["judge_tokens"] += tokens
-                    failing[0] = failing[0] + 1 if error else 0
+                    failing[0] = 0 if reply is not None else failing[0] + (status is None or status >= 429)
                     if failing[0] >= 20:
                         raise ValueError(f"20 requests in a row failed; stopped, nothing is lost. The last: {error}")
             if reply is None:
@@ -657,7 +662,7 @@ def read_run(folder: str) -> dict:
                   "right": {json.dumps(r["prompt"]): float(r["correct"]) for r in rows}}
 
 
-def score_of(run: dict, name: str) -> dict:
+def score_of(run: dict, name: str, flag: str) -> dict:
     """{"score", "low", "high"} of a run: evaluate/NAME/result.json beside its model, or NAME in run.json's result."""
     path = run["folder"] / "evaluate" / name / "result.json"
     if path.is_file():
@@ -667,7 +672,7 @@ def score_of(run: dict, name: str) -> dict:
     if not isinstance(value, (int, float)):
         there = sorted([k for k, v in run["result"].items() if isinstance(v, (int, float))] +
                        [p.parent.name for p in run["folder"].glob("evaluate/*/result.json")])
-        raise ValueError(f"--y {name}: {run['name']} has no such score; it has {', '.join(there)}")
+        raise ValueError(f"{flag} {name}: {run['name']} has no such score; it has {', '.join(there)}")
     low, high = bootstrap(list(run["right"].values())) if name == "exact_match" else (None, None)
     return {"score": value, "low": low, "high": high}
 
@@ -709,7 +714,7 @@ def curve(args) -> dict:
     points, unit = {}, {"steps": "optimiser steps", "tokens": "tokens", "flops": "FLOPs"}[args.x]
     for run in map(read_run, args.runs):
         noun = "documents" if run["stage"] == "sft" else "pairs"
-        points.setdefault(size_of(run), []).append({"run": run["name"], "x": run["result"]["cumulative"][args.x], **score_of(run, args.y)})
+        points.setdefault(size_of(run), []).append({"run": run["name"], "x": run["result"]["cumulative"][args.x], **score_of(run, args.y, "--y")})
     figure, ax = new_figure()
     lines = {}
     for colour, (n, row) in zip(["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb"] * 9, sorted(points.items())):
@@ -759,7 +764,7 @@ def report(args) -> dict:
     names = args.score or sorted({p.parent.name for r in runs for p in r["folder"].glob("evaluate/*/result.json")
                                   if json.loads(p.read_text()).get("score") is not None} |
                                  ({"exact_match"} if any(r["result"].get("exact_match") is not None for r in runs) else set()))
-    scores = {n: [score_of(r, n) if args.score or (r["folder"] / "evaluate" / n / "result.json").is_file() or r["result"].get(n) is not None
+    scores = {n: [score_of(r, n, "--score") if args.score or (r["folder"] / "evaluate" / n / "result.json").is_file() or r["result"].get(n) is not None
                   else dict.fromkeys(("score", "low", "high")) for r in runs] for n in names}
     held = [k for k in ("eval_loss", "eval_margin", "eval_accuracy") if any(r["result"].get(k) is not None for r in runs)]
     interval = lambda s: show(s["score"]) + (f" ({show(s['low'])} .. {show(s['high'])})" if s["low"] is not None else "")
@@ -1053,6 +1058,8 @@ def check_flags(args) -> list[str]:
             why.append(f"{name} {url}: not an http(s) URL")
         elif parts.username or parts.password or parts.query:
             why.append(f"{name}: must hold no user, password or query, which would be written to disk; a key goes into OPENAI_API_KEY")
+    if args.command in ("arena-hard", "mt-bench", "alpaca-eval", "judge") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        why.append(f"{args.command} runs in one process; for several GPUs serve the model and use --engine server")
     if args.command == "arena-hard" and not args.templates:
         why.append("--templates: needed, Arena-Hard's judge_config.yaml (github.com/lmarena/arena-hard-auto, config/); it is not on the Hub")
     return why

@@ -385,7 +385,7 @@ class ChatError(ValueError):
 def chat(url: str, payload: dict, args, flag: str) -> tuple[str, bool, int]:
     """One chat completion of an OpenAI-compatible endpoint: (text, finished, tokens). Busy (429), failing (5xx),
     silent or garbled servers are asked again with back-off; what still fails raises ChatError. The key comes
-    from OPENAI_API_KEY alone, and is cut out of what a server says in its errors."""
+    from OPENAI_API_KEY alone, and is cut out of what a server says."""
     key = os.environ.get("OPENAI_API_KEY")
     head = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     hide = lambda t: t.replace(key, "[key]") if key else t
@@ -399,7 +399,7 @@ def chat(url: str, payload: dict, args, flag: str) -> tuple[str, bool, int]:
             text, tokens = choice["message"]["content"], (body.get("usage") or {}).get("completion_tokens", 0)
             if not isinstance(text, str):
                 raise ValueError(f"content is {text!r}, not text")
-            return text, choice.get("finish_reason") != "length", tokens
+            return hide(text), choice.get("finish_reason") != "length", tokens
         except urllib.error.HTTPError as error:
             status, last = error.code, hide(f"HTTP {error.code}: {error.read()[:1000].decode(errors='replace')}")[:220]
             if error.code < 500 and error.code not in (408, 409, 425, 429):

@@ -386,6 +386,16 @@ def test_key_is_never_written(tmp_path):
     assert not any(key in f.read_text(errors="replace") for f in files)
 
 
+def test_two_processes_never_judge_into_one_folder(tmp_path):
+    import fcntl
+    run, *_ = arena_files(tmp_path)
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out/verdicts-0.jsonl", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="--output .*another process is judging"):
+            evaluate.main([*run, "--base-url", "http://127.0.0.1:9/v1"])
+
+
 def killed_twice(run, folder, server, moments):
     """The command in a process of its own, killed when so many verdicts are on disk, then left to end: its JSON."""
     file = folder / "verdicts-0.jsonl"
