@@ -409,14 +409,23 @@ def score_responses(judge, rows: list[dict], name: str = "") -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------- servers
+class ChatError(ValueError):
+    """A request that failed for good; `status`: the last HTTP status, None where there was no usable reply."""
+
+    def __init__(self, text: str, status: int | None = None):
+        super().__init__(text)
+        self.status = status
+
+
 def chat(url: str, payload: dict, args, flag: str) -> tuple[str, bool, int]:
     """One chat completion of an OpenAI-compatible endpoint: (text, finished, tokens). Busy (429), failing (5xx),
-    silent or garbled servers are asked again with back-off; what still fails raises ValueError. The key comes
-    from OPENAI_API_KEY alone."""
+    silent or garbled servers are asked again with back-off; what still fails raises ChatError. The key comes
+    from OPENAI_API_KEY alone, and is cut out of what a server says."""
     key = os.environ.get("OPENAI_API_KEY")
     head = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    hide = lambda t: t.replace(key, "[key]") if key else t
     for attempt in range(args.retries + 1):
-        wait = min(60.0, 0.5 * 2 ** attempt)
+        wait, status = min(60.0, 0.5 * 2 ** attempt), None
         try:
             request = urllib.request.Request(url.rstrip("/") + "/chat/completions", json.dumps(payload).encode(), head)
             with urllib.request.urlopen(request, timeout=args.timeout) as reply:
@@ -425,35 +434,39 @@ def chat(url: str, payload: dict, args, flag: str) -> tuple[str, bool, int]:
             text, tokens = choice["message"]["content"], (body.get("usage") or {}).get("completion_tokens", 0)
             if not isinstance(text, str):
                 raise ValueError(f"content is {text!r}, not text")
-            return text, choice.get("finish_reason") != "length", tokens
+            return hide(text), choice.get("finish_reason") != "length", tokens
         except urllib.error.HTTPError as error:
-            last = f"HTTP {error.code}: {error.read()[:200].decode(errors='replace')}"
+            status, last = error.code, hide(f"HTTP {error.code}: {error.read()[:1000].decode(errors='replace')}")[:220]
             if error.code < 500 and error.code not in (408, 409, 425, 429):
-                raise ValueError(f"{flag} {url}: {last}; nothing got so far is lost. Check the model's name, the URL "
-                                 "(it ends in /v1) and OPENAI_API_KEY") from None
+                raise ChatError(f"{flag} {url}: {last}; nothing got so far is lost. Check the model's name, the URL "
+                                "(it ends in /v1) and OPENAI_API_KEY", status) from None
             told = error.headers.get("Retry-After", "")
             wait = min(60.0, float(told)) if told.isdigit() else wait
         except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            last = f"{type(error).__name__}: {error}"
+            last = hide(f"{type(error).__name__}: {error}")
         if attempt < args.retries:
             time.sleep(wait)
-    raise ValueError(f"{flag} {url}: {args.retries + 1} tries failed, the last with {last}; what was got is on disk. Is the "
-                     "server up? Run the same command again")
+    raise ChatError(f"{flag} {url}: {args.retries + 1} tries failed, the last with {last}; what was got is on disk. Is the "
+                    "server up? Run the same command again", status)
 
 
 def in_parallel(work, items: list, workers: int):
-    """(item, work(item)) as they finish. After an error the ones under way are still handed out, then it is raised."""
+    """(item, work(item)) as they finish. After an error the ones under way are still handed out, then it is raised;
+    none is begun any more after that, or after the loop over this is left (Ctrl-C)."""
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         futures, failed = {pool.submit(work, x): x for x in items}, None
-        for f in concurrent.futures.as_completed(futures):
-            if f.cancelled():
-                continue
-            if f.exception() is None:
-                yield futures[f], f.result()
-            elif failed is None:
-                failed = f.exception()
-                for other in futures:
-                    other.cancel()
+        stop = lambda: [f.cancel() for f in futures]
+        try:
+            for f in concurrent.futures.as_completed(futures):
+                if f.cancelled():
+                    continue
+                if f.exception() is None:
+                    yield futures[f], f.result()
+                elif failed is None:
+                    failed = f.exception()
+                    stop()
+        finally:
+            stop()
         if failed:
             raise failed
 
@@ -487,8 +500,9 @@ def sample_continuously(model, tokenizer, prompts, max_new_tokens: int, *, sampl
                 yield sft.answer_of(r.generated_tokens, *map(int, r.request_id.split(".")), stops, tokenizer)
 
 
-def answers_of(args, policy: str, tokenizer, rows: list[dict], done: set, device, iteration: int):
-    """The missing answers of `rows` by --engine, as they finish: sft.Answer. done: (row, k) that are there."""
+def answers_of(args, policy: str, tokenizer, rows: list[dict], done: set, device, iteration: int, flag="--base-url"):
+    """The missing answers of `rows` by --engine, as they finish: sft.Answer. done: (row, k) that are there; flag: the
+    one that args.base_url came from."""
     prompts = [r["prompt"] for r in rows]
     seeds = [int(hashlib.sha256(f"{args.seed} {iteration} {r['key']}".encode()).hexdigest()[:15], 16) for r in rows]
     how = dict(samples=args.samples, temperature=args.temperature, top_p=args.top_p, done=done)
@@ -498,7 +512,7 @@ def answers_of(args, policy: str, tokenizer, rows: list[dict], done: set, device
             i, k = one
             text, finished, tokens = chat(args.base_url, {
                 "model": args.served_model or policy, "messages": prompts[i], "temperature": args.temperature,
-                "top_p": args.top_p, "max_tokens": args.max_new_tokens, "seed": (seeds[i] + k) % 2 ** 31}, args, "--base-url")
+                "top_p": args.top_p, "max_tokens": args.max_new_tokens, "seed": (seeds[i] + k) % 2 ** 31}, args, flag)
             return sft.Answer(i, k, text, [0] * tokens, finished)       # a server tells how many ids, not which
         texts, whole, same = {}, 0, 0                       # of prompts under way; prompts done; those of one answer
         for _, a in in_parallel(ask, wanted, args.concurrency):
@@ -545,10 +559,16 @@ def read_growing(folder: Path, pattern: str) -> list[dict]:
     return [json.loads(x) for x in lines]
 
 
-def resume_growing(folder: Path, name: str, rank: int) -> list[dict]:
-    """All rows on disk, the same on every rank; rank 0 cuts torn last lines off, before anyone appends."""
-    for path in folder.glob(f"{name}-*.jsonl") if rank == 0 else ():
+def cut_torn_lines(folder: Path, pattern: str) -> None:
+    """Last lines without their newline go, before anyone appends."""
+    for path in folder.glob(pattern):
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def resume_growing(folder: Path, name: str, rank: int) -> list[dict]:
+    """All rows on disk, the same on every rank; rank 0 cuts torn last lines off first."""
+    if rank == 0:
+        cut_torn_lines(folder, f"{name}-*.jsonl")
     torch.distributed.barrier()
     rows = read_growing(folder, f"{name}-*.jsonl")
     torch.distributed.barrier()

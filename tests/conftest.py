@@ -16,6 +16,7 @@ def pytest_configure(config):
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+    parser.addoption("--real-data", metavar="DIR", help="folder of the benchmarks' own files, for the tests on them")
 
 
 def pytest_collection_modifyitems(config, items):

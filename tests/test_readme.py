@@ -36,6 +36,8 @@ def policy(tmp_path_factory):
 def test_command(command, policy, tmp_path):
     """As written, but few steps into a temporary folder, and the demo model where a large one is named."""
     program, *args = command.split()
+    if args[0] == "evaluate.py":
+        return evaluate_command(args, policy, tmp_path)
     judge = tmp_path / "judge.py"                           # two steps of SFT answer nothing right: any difference will do
     judge.write_text("def score(prompt, answers, reference):\n    return [sum(map(ord, a)) % 97 for a in answers]\n")
     if program == "deepspeed":
@@ -61,6 +63,25 @@ def test_command(command, policy, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     last = [line for line in done.stdout.splitlines() if line.startswith("{")][-1]
     assert json.loads(last)
+
+
+def evaluate_command(args, policy, tmp_path):
+    """As written, in a folder whose runs are the small model's; those of a curve are a record each."""
+    run = json.loads((Path(policy) / "run.json").read_text())
+    for name in ("sft", "dpo", "online-dpo", *(f"curve/{k}" for k in range(1, 5))):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        for file in Path(policy).iterdir():
+            (tmp_path / "runs" / name / file.name).symlink_to(file)
+        if name.startswith("curve"):
+            made = run | {"result": run["result"] | {"exact_match": 0.5, "cumulative": {"steps": int(name[-1])}}}
+            (tmp_path / "runs" / name / "run.json").unlink()
+            (tmp_path / "runs" / name / "run.json").write_text(json.dumps(made))
+    args = [str(p) for a in args[1:] for p in (sorted(tmp_path.glob(a)) if "*" in a else [a])]
+    if "judge" in args:
+        args += ["--limit", "6"]
+    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *args], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1])
 
 
 def test_requirements_are_pinned_with_a_reason():
