@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import ast
 import concurrent.futures
+import gc
 import hashlib
 import http.client
 import importlib.util
@@ -62,8 +63,9 @@ PRESETS = {  # the paper's table as argparse defaults
     "llama-3-8b": dict(model="runs/llama-3-8b-dpo", data=["HuggingFaceH4/ultrafeedback_binarized:train_prefs"],
                        epochs=1, batch_size=128, max_length=2048, max_prompt_length=512, lr=5e-7, beta=0.01, zero=3,
                        gradient_checkpointing=True, max_new_tokens=2048, output="runs/llama-3-8b-online-dpo")}
-# what cannot change answers, scores or pairs; --max-new-tokens, free elsewhere, decides answers here
-FREE = sft.FREE - {"max_new_tokens"} | {"sampling_rows", "judge_tokens", "concurrency", "timeout", "retries", "base_url",
+# what cannot change answers, scores or pairs beyond rounding (and an engine's own draws); two flags that are free elsewhere
+# decide here: --max-new-tokens the answers, --export-dtype the next iteration's policy
+FREE = sft.FREE - {"max_new_tokens", "export_dtype"} | {"sampling_rows", "judge_tokens", "concurrency", "timeout", "retries", "base_url",
                                         "judge_url", "iterations"}
 
 
@@ -93,7 +95,7 @@ def pick_pairs(rows: list[dict], scores, *, min_gap: float = 0.0, truncated_can_
     without two different answers, a winner, or a gap above 0 and of at least min_gap gives no pair.
     Returns the pairs and a count of every reason. Scores 1, 3, 2 give (second, first), gap 2."""
     counts = dict(prompts=len(rows), pairs=0, empty_answers=0, special_answers=0, truncated_answers=0, equal_answers=0,
-                  no_usable_answer=0, all_equal=0, no_finished_answer=0, tie=0, gap_too_small=0)
+                  no_usable_answer=0, all_equal=0, no_finished_answer=0, only_truncated_better=0, tie=0, gap_too_small=0)
     pairs = []
     for row, s in zip(rows, np.asarray(scores, dtype=np.float64)):
         different, best_first = {}, sorted(range(len(s)), key=lambda k: (not row["answers"][k]["finished"], k))
@@ -115,7 +117,8 @@ def pick_pairs(rows: list[dict], scores, *, min_gap: float = 0.0, truncated_can_
             continue
         w, l = max(can_win, key=lambda k: (s[k], -k)), min(left, key=lambda k: (s[k], k))
         if not s[w] > s[l] or s[w] - s[l] < min_gap:
-            counts["tie" if not s[w] > s[l] else "gap_too_small"] += 1
+            differ = max(s[k] for k in left) > s[l]
+            counts["gap_too_small" if s[w] > s[l] else "only_truncated_better" if differ else "tie"] += 1
             continue
         said = lambda k: [{"role": "assistant", "content": row["answers"][k]["text"]}]
         pairs.append({"prompt": row["prompt"], "chosen": said(w), "rejected": said(l), "score_chosen": s[w],
@@ -130,17 +133,18 @@ def exact_answer(prompt, answers: list[str], reference) -> list[float]:
 
 
 def gsm8k_credit(prompt, answers: list[str], reference) -> list[float]:
-    """Partial credit on GSM8K, for models too weak to be right: 1 for the right final number; else 0.1 where
-    the answer ends in '#### number', plus 0.4 times the share of its <<sum=result>> notes that add up."""
-    number = re.compile(r"####\s*\$?(-?[\d,]*\.?\d+)\s*$")
+    """Partial credit on GSM8K, for models too weak to be right: 1 for the right final number; else 0.1 where the
+    answer ends in '#### number', plus 0.4 times the share of its <<sum=result>> notes that add up (a note whose
+    left side has no operator does not)."""
+    number = re.compile(r"####\s*\$?(-?[\d,]*\.?\d+)\.?\s*$")
+    close = lambda a, b: a is not None and b is not None and math.isfinite(a) and math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-6)
 
     def credit(text):
         last = number.search(text.strip())
-        if last and last[1].replace(",", "") == str(reference).replace(",", ""):
+        if last and close(calculated(last[1]), calculated(str(reference))):
             return 1.0
         notes = re.findall(r"<<([^<>=]+)=([^<>=]+)>>", text)
-        right = sum(calculated(a) is not None and calculated(b) is not None and
-                    math.isclose(calculated(a), calculated(b), rel_tol=1e-6, abs_tol=1e-6) for a, b in notes)
+        right = sum(bool(re.search(r"\d\s*[-+*/]", a)) and close(calculated(a), calculated(b)) for a, b in notes)
         return 0.1 * bool(last) + (0.4 * right / len(notes) if notes else 0.0)
     return [credit(a) for a in answers]
 
@@ -219,6 +223,13 @@ class PairRM(torch.nn.Module):
         return model.eval(), tokenizer
 
 
+def without(specials, text: str) -> str:
+    """Text in which special strings have become spaces."""
+    for s in specials:
+        text = text.replace(s, " ")
+    return text
+
+
 def as_text(messages: list[dict]) -> str:
     """A prompt for PairRM: its one user turn as it is; several turns as 'role: content' lines."""
     said = [m for m in messages if m["content"]]
@@ -234,9 +245,7 @@ def pairrm_rows(tokenizer, source: str, answers: list[str], cut: list[int]) -> d
     special = set(tokenizer.all_special_tokens) | set(PREFIXES)
 
     def ids(prefix, text, limit):
-        for s in special:
-            text = text.replace(s, " ")
-        made = tokenizer(prefix + text).input_ids
+        made = tokenizer(prefix + without(special, text)).input_ids
         cut[0] += len(made) > limit
         return made if len(made) <= limit else made[:limit - 1] + made[-1:]
     x = ids(PREFIXES[0], source, 1224)
@@ -297,15 +306,17 @@ def load_judge(args, device, verdicts: list[dict] = (), file: Path | None = None
         raise ValueError(f"--judge reward:{name}: {model.config.num_labels} outputs; a reward model has one")
     if not tokenizer.chat_template:
         raise ValueError(f"--judge reward:{name}: its tokenizer has no chat template to render a conversation with")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    model.config.pad_token_id = pad
+    specials = tokenizer.all_special_tokens
 
     @torch.no_grad()
     def reward(rows):
-        texts = [data.render(tokenizer, r["prompt"] + [{"role": "assistant", "content": a["text"]}])
-                 for r in rows for a in r["answers"]]
-        out = np.zeros(len(texts))
-        ids = [tokenizer(t, add_special_tokens=False).input_ids for t in texts]
+        said = [[{**m, "content": without(specials, m["content"])} for m in (*r["prompt"], {"role": "assistant", "content": a["text"]})]
+                for r in rows for a in r["answers"]]
+        ids, out = [tokenizer(data.render(tokenizer, m), add_special_tokens=False).input_ids for m in said], np.zeros(len(said))
+        pad = tokenizer.pad_token_id
+        if pad is None:                                     # an id that no text has: the model looks for the last other one
+            pad = min(set(range(len(tokenizer))) - set(itertools.chain(*ids)))
+        model.config.pad_token_id = pad
         for part, x, mask in by_length(ids, args.judge_tokens, pad, device):
             out[part] = model(input_ids=x, attention_mask=mask).logits[:, 0].double().cpu().numpy()
         return out.reshape(len(rows), -1).tolist()
@@ -318,8 +329,8 @@ def judge_function(name: str):
     found = [p for p in (Path(file), Path(__file__).parent / file) if file.endswith(".py") and p.is_file()]
     if not found:
         raise ValueError(f"--judge python:{name}: no file {file!r}; write python:FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location("judge", found[0])
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location("lions_judge", found[0])
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)       # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -431,17 +442,23 @@ def chat(url: str, payload: dict, args, flag: str) -> tuple[str, bool, int]:
             with urllib.request.urlopen(request, timeout=args.timeout) as reply:
                 body = json.loads(reply.read())
             choice = body["choices"][0]
-            text, tokens = choice["message"]["content"], (body.get("usage") or {}).get("completion_tokens", 0)
+            text, why = choice["message"]["content"], choice.get("finish_reason")
+            if text is None and why == "length":            # all of the limit went into reasoning
+                text = ""
             if not isinstance(text, str):
                 raise ValueError(f"content is {text!r}, not text")
-            return hide(text), choice.get("finish_reason") != "length", tokens
+            return hide(text), why not in ("length", "content_filter"), (body.get("usage") or {}).get("completion_tokens") or 0
         except urllib.error.HTTPError as error:
-            status, last = error.code, hide(f"HTTP {error.code}: {error.read()[:1000].decode(errors='replace')}")[:220]
+            try:
+                said = error.read(1000).decode(errors="replace")
+            except (OSError, http.client.HTTPException):    # its body breaks off, or hangs
+                said = ""
+            status, last = error.code, hide(f"HTTP {error.code}: {said}")[:220]
             if error.code < 500 and error.code not in (408, 409, 425, 429):
                 raise ChatError(f"{flag} {url}: {last}; nothing got so far is lost. Check the model's name, the URL "
                                 "(it ends in /v1) and OPENAI_API_KEY", status) from None
             told = error.headers.get("Retry-After", "")
-            wait = min(60.0, float(told)) if told.isdigit() else wait
+            wait = min(60.0, float(told)) if told.isdecimal() else wait
         except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             last = hide(f"{type(error).__name__}: {error}")
         if attempt < args.retries:
@@ -450,32 +467,35 @@ def chat(url: str, payload: dict, args, flag: str) -> tuple[str, bool, int]:
                     "server up? Run the same command again", status)
 
 
-def in_parallel(work, items: list, workers: int):
-    """(item, work(item)) as they finish. After an error the ones under way are still handed out, then it is raised;
-    none is begun any more after that, or after the loop over this is left (Ctrl-C)."""
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        futures, failed = {pool.submit(work, x): x for x in items}, None
-        stop = lambda: [f.cancel() for f in futures]
-        try:
-            for f in concurrent.futures.as_completed(futures):
-                if f.cancelled():
-                    continue
+def in_parallel(work, items, workers: int):
+    """(item, work(item)) as they finish, few of them begun ahead. After an error those under way are still handed out,
+    then it is raised; none is begun any more after that, or after the loop over this is left (Ctrl-C)."""
+    items, waiting, failed = iter(items), {}, None
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    try:
+        while True:
+            for x in itertools.islice(items, 2 * workers - len(waiting) if failed is None else 0):
+                waiting[pool.submit(work, x)] = x
+            if not waiting:
+                break
+            for f in concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED).done:
+                x = waiting.pop(f)
                 if f.exception() is None:
-                    yield futures[f], f.result()
+                    yield x, f.result()
                 elif failed is None:
                     failed = f.exception()
-                    stop()
-        finally:
-            stop()
-        if failed:
-            raise failed
+                    waiting = {other: y for other, y in waiting.items() if not other.cancel()}
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if failed:
+        raise failed
 
 
 # ---------------------------------------------------------------------------------------------- sampling
 def sample_continuously(model, tokenizer, prompts, max_new_tokens: int, *, samples: int = 1, temperature: float = 0.0,
                         top_p: float = 1.0, done=frozenset(), rows: int = 64, seed: int = 0):
     """`sft.sample_responses` by transformers' continuous batching (paged keys and values): Answers as they finish.
-    The default on CUDA. Its draws hang on the order of the requests: a restart samples the missing ones anew."""
+    The default on CUDA. Its draws hang on the order of the requests: a restart must bring another seed."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
     stops = sft.stop_tokens(model.generation_config)
     how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature else dict(do_sample=False)
@@ -510,12 +530,25 @@ def answers_of(args, policy: str, tokenizer, rows: list[dict], done: set, device
     if args.engine == "server":
         def ask(one):
             i, k = one
-            text, finished, tokens = chat(args.base_url, {
-                "model": args.served_model or policy, "messages": prompts[i], "temperature": args.temperature,
-                "top_p": args.top_p, "max_tokens": args.max_new_tokens, "seed": (seeds[i] + k) % 2 ** 31}, args, flag)
+            try:
+                text, finished, tokens = chat(args.base_url, {
+                    "model": args.served_model or policy, "messages": prompts[i], "temperature": args.temperature,
+                    "top_p": args.top_p, "max_tokens": args.max_new_tokens, "seed": (seeds[i] + k) % 2 ** 31}, args, flag)
+            except ChatError as error:
+                if error.status not in (400, 413, 422):
+                    raise
+                return error                                # this prompt's fault, it may be: the others go on
+            tokens = tokens or (len(tokenizer(text, add_special_tokens=False).input_ids) if tokenizer else 0)
             return sft.Answer(i, k, text, [0] * tokens, finished)       # a server tells how many ids, not which
         texts, whole, same = {}, 0, 0                       # of prompts under way; prompts done; those of one answer
-        for _, a in in_parallel(ask, wanted, args.concurrency):
+        refused, works = [], False
+        for one, a in in_parallel(ask, wanted, args.concurrency):
+            if isinstance(a, ChatError):
+                refused.append(one)
+                if not works and len(refused) == min(16, len(wanted)):
+                    raise a                                 # nothing works: nothing is recorded
+                continue
+            works = True
             yield a
             texts.setdefault(a.prompt, []).append(a.text)
             if len(texts[a.prompt]) == args.samples:
@@ -524,6 +557,10 @@ def answers_of(args, policy: str, tokenizer, rows: list[dict], done: set, device
                     print(f"--base-url {args.base_url}: each of the first 16 prompts got one answer {args.samples} times at "
                           f"--temperature {args.temperature:g}; does the server sample? (`transformers serve` does so where the "
                           'model\'s generation_config.json says "do_sample": true)', file=sys.stderr, flush=True)
+        if refused:
+            print(f"{flag} {args.base_url}: {len(refused)} of {len(wanted)} requests were refused (HTTP 400, 413 or 422; a prompt too "
+                  "long for the server?); they are recorded as empty, unfinished answers", file=sys.stderr, flush=True)
+        yield from (sft.Answer(i, k, "", [], False) for i, k in refused)
     elif args.engine == "vllm":
         from transformers import GenerationConfig
         from vllm import LLM, SamplingParams
@@ -541,15 +578,18 @@ def answers_of(args, policy: str, tokenizer, rows: list[dict], done: set, device
         from transformers import AutoModelForCausalLM
         dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
         model = AutoModelForCausalLM.from_pretrained(policy, dtype=dtype, use_safetensors=True).to(device)
-        batching = args.batching or ("continuous" if device.type == "cuda" else "padded")
+        softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+        batching = args.batching or ("continuous" if device.type == "cuda" and not softcap else "padded")
+        if batching == "continuous" and softcap:
+            raise ValueError(f"--batching continuous: transformers' paged attention leaves out {policy}'s soft-capping of attention "
+                             f"({softcap:g}); use --batching padded")
         if batching == "padded":
             yield from sft.sample_responses(model, tokenizer, prompts, args.max_new_tokens, seeds=seeds,
                                             rows=args.sampling_rows, **how)
         else:
+            drawn = hashlib.sha256(f"{seeds} {sorted(done)}".encode()).hexdigest()      # not the numbers of what is there
             yield from sample_continuously(model, tokenizer, prompts, args.max_new_tokens, rows=args.sampling_rows,
-                                           seed=seeds[0] % 2 ** 31 if seeds else 0, **how)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+                                           seed=int(drawn[:8], 16) % 2 ** 31, **how)
 
 
 # ---------------------------------------------------------------------------------------- files that grow
@@ -579,9 +619,10 @@ def resume_growing(folder: Path, name: str, rank: int) -> list[dict]:
 def read_prompts(args, tokenizer, template, rank: int, log) -> tuple[list[dict], str]:
     """Distinct prompts of --data that leave room to answer: {"key", "prompt", "answer", "source"}; and a data key.
     What is left out is counted."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
     dataset, key = sft.prepare_rows(args.data, args=args, tokenizer=tokenizer, template=template, rank=rank)
-    context = getattr(AutoConfig.from_pretrained(args.model).get_text_config(), "max_position_embeddings", None)
+    config = AutoConfig.from_pretrained(args.model)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     rows, equal, long, first = {}, 0, 0, None
     for r in dataset.select_columns(["messages_json", "answer", "source", "row"]):
         messages = json.loads(r["messages_json"])
@@ -599,6 +640,16 @@ def read_prompts(args, tokenizer, template, rank: int, log) -> tuple[list[dict],
     if long:
         log(f"{long} prompts left out: with --max-new-tokens {args.max_new_tokens} they exceed the model's context of "
             f"{context} (first: {first})")
+    try:
+        stops = sft.stop_tokens(GenerationConfig.from_pretrained(args.model))
+    except OSError:                                         # no such file: transformers makes one of the config
+        stops = sft.stop_tokens(GenerationConfig.from_model_config(config))
+    if args.engine != "server" and template.end_of_turn_id not in stops:
+        raise ValueError(f"--model {args.model}: its generation_config.json stops at {sorted(stops, key=str)}, not at the template's "
+                         f"{template.end_of_turn} ({template.end_of_turn_id}), so that every answer would run to --max-new-tokens; "
+                         "add that id to its eos_token_id")
+    if args.judge.endswith((":exact_answer", ":gsm8k_credit")) and rows and all(r["answer"] is None for r in rows.values()):
+        raise ValueError(f"--judge {args.judge}: no row of --data has a reference answer to compare with")
     if not rows:
         raise ValueError(f"--data: no prompt is left: {long} are longer than the context of {context} less --max-new-tokens "
                          f"{args.max_new_tokens}" + (f" (first: {first})" if first else ""))
@@ -619,7 +670,9 @@ def sample_phase(args, folder: Path, policy: str, tokenizer, rows, rank, world, 
     bar = tqdm(total=len(mine) * args.samples, initial=len(done), disable=rank > 0 or not mine, unit="answer",
                desc=f"sample ({total} in all)", dynamic_ncols=True)
     tokens = 0
-    if mine:
+
+    def sample():
+        nonlocal tokens
         with open(folder / f"answers-{rank}.jsonl", "a") as file:
             for a in answers_of(args, policy, tokenizer, [rows[i] for i in mine], done, device, iteration):
                 file.write(json.dumps({"key": rows[mine[a.prompt]]["key"], "sample": a.sample, "text": a.text,
@@ -628,9 +681,29 @@ def sample_phase(args, folder: Path, policy: str, tokenizer, rows, rank, world, 
                 tokens += len(a.ids)
                 bar.update()
                 bar.set_postfix_str(f"{tokens / (time.time() - started):.0f} tok/s", refresh=False)
+    together(sample if mine else lambda: None, device)
     bar.close()
+    release_memory()
     tokens = sft.all_sum([tokens], device)[0]
     return {"seconds": time.time() - started, "tokens": int(tokens)}
+
+
+def together(work, device) -> None:
+    """work() on every rank. Where it fails on one, all of them stop, and none waits for another in vain."""
+    failed = ""
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        failed = str(error)
+    if sft.all_sum([bool(failed)], device)[0]:
+        raise ValueError(failed or "another rank failed; its message says why")
+
+
+def release_memory() -> None:
+    """What the last phase left: its model's cycles, and the GPU's cached blocks."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def with_answers(folder: Path, rows: list[dict], samples: int) -> list[dict]:
@@ -652,23 +725,21 @@ def judge_phase(args, folder: Path, rows: list[dict], rank, world, device) -> tu
     there = {at[s["key"]] for s in resume_growing(folder, "scores", rank)}
     verdicts = resume_growing(folder, "verdicts", rank)     # of the llm judge: each was paid for
     mine = [i for i in range(len(rows)) if i not in there][rank::world]
-    failed = ""
-    if mine:
-        try:
-            judge = load_judge(args, device, verdicts, folder / f"verdicts-{rank}.jsonl")
-            bar = tqdm(total=len(mine), disable=rank > 0, unit="prompt", desc=f"judge {args.judge}", dynamic_ncols=True)
-            with open(folder / f"scores-{rank}.jsonl", "a") as file:
-                for a in range(0, len(mine), 16):
-                    part = [rows[i] for i in mine[a:a + 16]]
-                    for row, s in zip(part, score_responses(judge, part, args.judge)):
-                        file.write(json.dumps({"key": row["key"], "scores": s.tolist()}) + "\n")
-                    file.flush()
-                    bar.update(len(part))
-            bar.close()
-        except ValueError as error:                         # all ranks stop together
-            failed = str(error)
-    if sft.all_sum([bool(failed)], device)[0]:
-        raise ValueError(failed or "--judge failed on another rank")
+    size = 1 if args.judge.startswith("python:") else 16    # prompts a write; a judge of ours gains nothing by many at once
+
+    def score():
+        judge = load_judge(args, device, verdicts, folder / f"verdicts-{rank}.jsonl")
+        bar = tqdm(total=len(mine), disable=rank > 0, unit="prompt", desc=f"judge {args.judge}", dynamic_ncols=True)
+        with open(folder / f"scores-{rank}.jsonl", "a") as file:
+            for a in range(0, len(mine), size):
+                part = [rows[i] for i in mine[a:a + size]]
+                for row, s in zip(part, score_responses(judge, part, args.judge)):
+                    file.write(json.dumps({"key": row["key"], "scores": s.tolist()}) + "\n")
+                file.flush()
+                bar.update(len(part))
+        bar.close()
+    together(score if mine else lambda: None, device)
+    release_memory()
     scores = np.full((len(rows), args.samples), np.nan)
     for s in read_growing(folder, "scores-*.jsonl"):
         scores[at[s["key"]]] = s["scores"]
@@ -718,7 +789,7 @@ def iterate(args, iteration: int, policy: str, all_rows, tokenizer, template, ra
     rows = with_answers(folder, rows, args.samples)
     scores, phases["judge"] = judge_phase(args, folder, rows, rank, world, device)
     pairs, counts = pick_pairs(rows, scores, min_gap=args.min_gap or 0.0, truncated_can_win=args.truncated_can_win,
-                               forbidden=template.specials)
+                               forbidden=[*template.specials, "\ufffd"])      # \ufffd: bytes that are no text
     log(f"{len(pairs)} pairs of {len(rows)} prompts: " + ", ".join(f"{k} {v}" for k, v in counts.items() if v))
     if len(pairs) < world:
         raise ValueError(f"{folder}: {len(pairs)} pairs of {len(rows)} prompts; nothing to train on: " + ", ".join(
@@ -735,7 +806,9 @@ def iterate(args, iteration: int, policy: str, all_rows, tokenizer, template, ra
             min_gap=None, overwrite=False, **dict.fromkeys(FREE - sft.FREE)))    # free here, free there
     if not (trained := trained()):                          # SIGTERM
         return {"stopped": True, "iteration": iteration, "output": str(folder)}
-    phases["train"] = {"seconds": time.time() - started, "tokens": trained["cumulative"]["tokens"]}
+    release_memory()
+    phases["train"] = {"seconds": time.time() - started,
+                       "tokens": trained["cumulative"]["tokens"] - sft.spent_before(policy, "dpo")["tokens"]}
     if rank == 0:
         after = kl_to_reference(args, str(folder), policy, rows, tokenizer, device) if args.kl_prompts else {}
         report = summary(rows, scores, counts) | after | {
@@ -837,7 +910,8 @@ def check_flags(args) -> list[str]:
     args.output = args.output or "runs/online-dpo"
     why = dpo.check_flags(args)
     if args.model == "runs/dpo" and not Path(args.model).is_dir():
-        why = ["--model runs/dpo: no such folder; run python sft.py and python dpo.py first"]
+        why = [w for w in why if not w.startswith("--model runs/dpo:")] + [
+            "--model runs/dpo: no such folder; run python sft.py and python dpo.py first"]
     flag = lambda f: f"--{f.replace('_', '-')} {getattr(args, f)}"
     if args.samples < 2:
         why.append(f"--samples {args.samples}: best against worst needs at least 2")
@@ -858,6 +932,10 @@ def check_flags(args) -> list[str]:
     if args.engine == "vllm" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         why.append("--engine vllm: runs in one process; with several, use --engine server and `vllm serve`")
     kind, _, name = args.judge.partition(":")
+    why += [f"{flag(f)}: without effect, it belongs to {owner}" for f, owner, there in (
+        ("base_url", "--engine server", args.engine == "server"), ("served_model", "--engine server", args.engine == "server"),
+        ("batching", "--engine hf", args.engine == "hf"), ("judge_url", "--judge llm:MODEL", kind == "llm"),
+        ("judge_template", "--judge llm:MODEL", kind == "llm")) if getattr(args, f) and not there]
     if kind not in ("pairrm", "reward", "llm", "python") or (kind != "pairrm" and not name):
         why.append(f"--judge {args.judge}: not pairrm[:MODEL], reward:MODEL, llm:MODEL or python:FILE:FUNCTION")
     elif kind == "python":

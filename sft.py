@@ -713,6 +713,7 @@ class Run:
             write_json(self.out / "run.json", self.run | {"result": result})
             shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
         torch.distributed.barrier()
+        self.engine.destroy()                               # else ZeRO's hooks keep weights and moments alive
         return result if self.rank == 0 else {}
 
 

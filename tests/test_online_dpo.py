@@ -32,9 +32,9 @@ RUN = ["--preset", "demo", "--data", "demo:test", "--eval-data", "demo-pairs:tes
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    """A small trained model folder, a cache, and a judge's file."""
+    """A small model folder, trained until its answers are text, a cache, and a judge's file."""
     folder = tmp_path_factory.mktemp("policy")
-    sft.main(["--data", "demo:test", "--max-length", "128", "--batch-size", "6", "--eval-samples", "0", "--max-steps", "3",
+    sft.main(["--data", "demo:test", "--max-length", "128", "--batch-size", "6", "--eval-samples", "0", "--max-steps", "40",
               "--preset", "demo", "--output", str(folder / "run"), "--cache-dir", str(folder / "cache")])
     (folder / "judge.py").write_text(JUDGE)
     return folder / "run"
@@ -66,7 +66,7 @@ def row(*texts, cut=()):
     ("a b c", [1, 3, 2], (1,), ("c", "a", 1)),              # a cut answer cannot win
     ("a b c", [1, 3, 0], (2,), ("b", "c", 3)),              # it may lose
     ("a b c", [1, 3, 2], (0, 1, 2), "no_finished_answer"),
-    ("a b c", [1, 0, 0], (0,), "tie"),                      # the best finished one is not above the worst
+    ("a b c", [1, 0, 0], (0,), "only_truncated_better"),    # the best finished one is not above the worst
     ("a a a", [1, 2, 3], (), "all_equal"),
     ("a a b", [2, 2, 2], (), "tie"),
     ("a <s> b", [1, 9, 2], (), ("b", "a", 1)),              # a special string stands outside
@@ -91,7 +91,8 @@ def test_pick_pairs_counts_every_prompt_once():
     scores = [[rng.randint(0, 2) for _ in range(3)] for _ in rows]
     pairs, c = online_dpo.pick_pairs(rows, scores, forbidden=["<s>"], min_gap=2)
     assert len(pairs) == c["pairs"] > 0
-    assert sum(c[k] for k in ("pairs", "no_usable_answer", "all_equal", "no_finished_answer", "tie", "gap_too_small")) == 500
+    assert sum(c[k] for k in ("pairs", "no_usable_answer", "all_equal", "no_finished_answer", "only_truncated_better", "tie",
+                              "gap_too_small")) == 500
     again = online_dpo.pick_pairs(rows, scores, forbidden=["<s>"], min_gap=2)
     assert again == (pairs, c)
     cut_wins = online_dpo.pick_pairs(rows, scores, forbidden=["<s>"], min_gap=2, truncated_can_win=True)[1]
@@ -104,6 +105,8 @@ def test_judges_of_answers_by_hand():
     assert credit("x <<1+1=3>> #### 1200") == 1.0
     assert credit("<<2*3=6>> and <<6/4=2>> #### 5") == pytest.approx(0.1 + 0.4 * 0.5)
     assert credit("<<.5*10=5>>") == pytest.approx(0.4) and credit("nothing") == 0.0
+    assert credit("#### 1200.00") == credit("#### 1,200.") == 1.0
+    assert credit("<<1=1>> <<1e999*1=1e999>>") == 0.0      # no sum, and no number
     assert [online_dpo.calculated(x) for x in ("2*(3+4)", "-1,000/4", "1/0", "2**9", "__import__('os')", "a", "")] == \
         [14, -250, None, None, None, None, None]
 
@@ -238,28 +241,34 @@ def test_pairrm_as_judge(policy, pairrm, tmp_path):
     assert s[1, 0] == pytest.approx(s[1, 2], abs=1e-6) and abs(s[0]).max() > 1e-4
 
 
-def test_reward_model_as_judge(policy, tmp_path):
-    """A random Llama reward model: scores in a batch equal each conversation alone."""
+@pytest.mark.parametrize("pad", [True, False])
+def test_reward_model_as_judge(policy, tmp_path, pad):
+    """A random Llama reward model: scores in a batch equal each conversation alone, without a padding token, too, though the
+    template ends in the end of text; special strings in an answer are spaces."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
     tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.chat_template += "{{ eos_token }}"
+    if not pad:
+        tokenizer.pad_token = None
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_labels=1, pad_token_id=tokenizer.pad_token_id)).eval()
     model.save_pretrained(tmp_path / "rm"), tokenizer.save_pretrained(tmp_path / "rm")
-    rows = [row("yes", "a longer answer", "no"), row("x", "yy", "zzz")]
+    rows = [row("yes", "a longer answer", "no"), row("x", "yy", "z<|im_end|>z")]
     judge = online_dpo.load_judge(args_of(policy, tmp_path, "--judge", f"reward:{tmp_path}/rm"), "cpu")
     got = online_dpo.score_responses(judge, rows)
     for n, k in itertools.product(range(2), range(3)):
-        said = rows[n]["prompt"] + [{"role": "assistant", "content": rows[n]["answers"][k]["text"]}]
+        said = rows[n]["prompt"] + [{"role": "assistant", "content": rows[n]["answers"][k]["text"].replace("<|im_end|>", " ")}]
         ids = tokenizer(tokenizer.apply_chat_template(said, tokenize=False), add_special_tokens=False).input_ids
+        assert ids[-1] == tokenizer.eos_token_id
         assert got[n, k] == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------- servers
 class Server:
-    """An OpenAI-compatible server on loopback whose replies `reply(payload, n)` makes: text, a status, b"raw" or None
-    (it hangs)."""
+    """An OpenAI-compatible server on loopback whose replies `reply(payload, n)` makes: text, a status, (a status, bytes
+    promised), b"raw" or None (it hangs)."""
 
     def __init__(self, reply):
         self.seen, outer = [], self
@@ -271,6 +280,10 @@ class Server:
                 made = reply(payload, len(outer.seen))
                 if made is None:
                     time.sleep(3)
+                if isinstance(made, tuple):                 # a status, and a body that breaks off
+                    self.send_response(made[0]), self.send_header("Content-Length", str(made[1])), self.end_headers()
+                    self.wfile.write(b"no")
+                    return
                 if isinstance(made, int):
                     self.send_response(made), self.end_headers()
                     self.wfile.write(b"no")
@@ -293,11 +306,16 @@ def fast(monkeypatch):
 
 
 def test_server_that_misbehaves_is_survived(policy, tmp_path, fast):
-    bad = [429, 500, 503, b"garbage", b"{}", b'{"choices": [{"message": {"content": null}}]}', None]
+    bad = [429, 500, 503, (503, 5000), b"garbage", b"{}", b'{"choices": [{"message": {"content": null}}]}', None]
     server = Server(lambda p, n: bad[n - 1] if n <= len(bad) else "fine")
     args = args_of(policy, tmp_path, "--timeout", "0.5", "--retries", "8")
     assert online_dpo.chat(server.url, {}, args, "--base-url") == ("fine", True, 2)
     assert len(server.seen) == len(bad) + 1
+
+
+def test_a_reply_that_went_into_reasoning_is_empty_and_cut(policy, tmp_path):
+    server = Server(lambda p, n: b'{"choices": [{"message": {"content": null}, "finish_reason": "length"}], "usage": null}')
+    assert online_dpo.chat(server.url, {}, args_of(policy, tmp_path), "--base-url") == ("", False, 0)
 
 
 @pytest.mark.parametrize("reply, told", [(404, "HTTP 404"), (401, "HTTP 401"), (500, "HTTP 500"), (b"garbage", "JSONDecodeError"),
@@ -318,9 +336,9 @@ def test_missing_endpoint_is_named(policy, tmp_path, fast):
 def test_server_engine_loses_nothing(policy, tmp_path, fast):
     """The server dies for good after 50 answers; the second run asks for the missing 70 alone."""
     alive = [True]
-    server = Server(lambda p, n: 400 if alive[0] and n > 50 else f"answer {n} {p['messages'][-1]['content']}")
+    server = Server(lambda p, n: 401 if alive[0] and n > 50 else f"answer {n} {p['messages'][-1]['content']}")
     run = flags(policy, tmp_path / "run", "--engine", "server", "--base-url", server.url, "--concurrency", "4")
-    with pytest.raises(ValueError, match="HTTP 400"):
+    with pytest.raises(ValueError, match="HTTP 401"):
         online_dpo.main(run)
     file = tmp_path / "run/iteration-1/answers-0.jsonl"
     before, alive[0] = file.read_bytes(), False
@@ -330,6 +348,36 @@ def test_server_engine_loses_nothing(policy, tmp_path, fast):
     rows = [json.loads(x) for x in file.read_text().splitlines()]
     assert file.read_bytes().startswith(before) and len(server.seen) == 70
     assert len({(r["key"], r["sample"]) for r in rows}) == len(rows) == 120 and report["pairs"] > 0
+
+
+def test_requests_that_a_server_refuses_are_empty_answers(policy, tmp_path, fast, capfd):
+    """HTTP 400 for prompts of an even length: empty, unfinished, counted, and the others go on. For all: nothing is recorded."""
+    size = lambda p: len(p["messages"][-1]["content"])
+    server = Server(lambda p, n: 400 if size(p) % 2 == 0 else f"answer {n}")
+    report = online_dpo.main(flags(policy, tmp_path / "run", "--engine", "server", "--base-url", server.url, "--concurrency", "4"))
+    rows = online_dpo.read_growing(tmp_path / "run/iteration-1", "answers-*.jsonl")
+    prompts = {r["key"]: r["prompt"] for r in map(json.loads, (tmp_path / "run/iteration-1/prompts.jsonl").read_text().splitlines())}
+    for r in rows:
+        assert (r["text"] == "" and not r["finished"]) == (size({"messages": prompts[r["key"]]}) % 2 == 0)
+    refused = sum(r["text"] == "" for r in rows)
+    assert len(rows) == 120 and 0 < refused < 120 and f"{refused} of 120 requests were refused" in capfd.readouterr().err
+    assert report["pairs"] > 0
+    server = Server(lambda p, n: 400)
+    with pytest.raises(ValueError, match="HTTP 400"):
+        online_dpo.main(flags(policy, tmp_path / "all", "--engine", "server", "--base-url", server.url))
+    assert not online_dpo.read_growing(tmp_path / "all/iteration-1", "answers-*.jsonl")
+
+
+def test_a_loop_that_is_left_begins_no_more_work():
+    begun = []
+    work = lambda x: (begun.append(x), time.sleep(0.01))
+    for n, _ in enumerate(online_dpo.in_parallel(work, range(1000), 4)):
+        if n == 5:
+            break
+    seen = len(begun)
+    time.sleep(0.1)
+    assert len(begun) == seen < 30
+    assert sorted(x for x, _ in online_dpo.in_parallel(lambda x: x, range(100), 3)) == list(range(100))
 
 
 def test_llm_judge_asks_both_orders(policy, tmp_path):
@@ -385,9 +433,8 @@ def test_transformers_serve(policy, tmp_path):
         pytest.importorskip(extra, reason="pip install transformers[serving]")
     import shutil
     import socket
-    model = tmp_path / "model"                              # trained until its greedy answers are not empty
-    sft.main(["--data", "demo:test", "--max-length", "128", "--batch-size", "6", "--eval-samples", "0", "--max-steps", "40",
-              "--preset", "demo", "--output", str(model), "--cache-dir", str(policy.parent / "cache")])
+    model = tmp_path / "model"
+    shutil.copytree(policy, model), shutil.copytree(policy.parent / "cache", tmp_path / "cache")
     shutil.copy(policy.parent / "judge.py", tmp_path)
     config = json.loads((model / "generation_config.json").read_text())
     (model / "generation_config.json").write_text(json.dumps(config | {"do_sample": True}))     # else it is always greedy
@@ -514,6 +561,35 @@ def test_continuous_batching_equals_padded(policy):
     assert padded == paged and len(paged) == 11
 
 
+def test_continuous_batching_after_a_restart_draws_anew(policy, tmp_path):
+    """What a restart samples are no copies of the answers that are there; and soft-capping, which it would leave out, is refused."""
+    import shutil
+    tokenizer = sft.load_tokenizer(args_of(policy, tmp_path))[0]
+    rows = [{"key": str(i), "prompt": r["messages"][:-1]} for i, r in enumerate(data.demo_conversations(3, 3, "test"))]
+    args = args_of(policy, tmp_path, "--batching", "continuous", "--max-new-tokens", "12", "--temperature", "1.5")
+    texts = lambda done: {(a.prompt, a.sample): a.ids for a in online_dpo.answers_of(args, str(policy), tokenizer, rows, done,
+                                                                                     torch.device("cpu"), 1)}
+    whole, rest = texts(frozenset()), texts({(0, 0)})
+    assert whole.keys() - rest.keys() == {(0, 0)} and rest == texts({(0, 0)})
+    assert not [k for k in rest if len(rest[k]) > 4 and rest[k] in whole.values()] and max(map(len, rest.values())) > 4
+    shutil.copytree(policy, tmp_path / "capped")
+    config = json.loads((policy / "config.json").read_text())
+    (tmp_path / "capped/config.json").write_text(json.dumps(config | {"attn_logit_softcapping": 5.0}))
+    with pytest.raises(ValueError, match="--batching continuous: .*soft-capping"):
+        list(online_dpo.answers_of(args, str(tmp_path / "capped"), tokenizer, rows, frozenset(), torch.device("cpu"), 1))
+
+
+def test_training_leaves_no_engine_in_memory(policy, tmp_path):
+    """At ZeRO 1 DeepSpeed's hooks hold an engine, its weights and moments in cycles: each iteration lets go of its own."""
+    import gc
+    from deepspeed import DeepSpeedEngine
+    engines = lambda: sum(type(x) is DeepSpeedEngine for x in gc.get_objects())
+    gc.collect()
+    before = engines()
+    online_dpo.main(flags(policy, tmp_path / "run", "--zero", "1", "--iterations", "2", "--kl-prompts", "0", "--max-steps", "1"))
+    assert engines() <= before
+
+
 # ------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("rest, told", [
     (["--samples", "1"], "--samples 1: best against worst needs at least 2"),
@@ -523,21 +599,33 @@ def test_continuous_batching_equals_padded(policy):
     (["--judge", f"python:{__file__[:-3]}.txt:f"], "no file .*write python:FILE.py:FUNCTION"),
     (["--judge", "llm:x"], "--judge llm:x: needs --judge-url"),
     (["--judge", "best"], "--judge best: not pairrm"),
+    (["--base-url", "http://x/v1"], "--base-url http://x/v1: without effect, it belongs to --engine server"),
+    (["--judge", "python:online_dpo.py:exact_answer", "--data", "PAIRS"], "no row of --data has a reference answer"),
     (["--ref", "x"], "--ref x: the reference of online DPO is the policy that samples"),
     (["--top-p", "0"], "--top-p 0.0: must lie in"),
     (["--temperature", "-1"], "--temperature -1.0: must not be below 0"),
-    (["--max-new-tokens", "5000"], "no prompt is left: 382 are longer than the context of 4096"),
+    (["--max-new-tokens", "5000"], r"no prompt is left: \d+ are longer than the context of 4096"),
     (["--temperature", "0"], "0 pairs of 40 prompts; nothing to train on.*(all_equal|no_usable_answer) 40")])
 def test_bad_input_is_one_message(policy, tmp_path, rest, told):
+    (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n')
     with pytest.raises(ValueError, match=told):
-        online_dpo.main(flags(policy, tmp_path / "run", *rest))
+        online_dpo.main(flags(policy, tmp_path / "run", *(tmp_path / "p.jsonl" if x == "PAIRS" else x for x in rest)))
+
+
+def test_a_model_that_does_not_stop_at_the_end_of_turn_is_named(policy, tmp_path):
+    import shutil
+    shutil.copytree(policy, tmp_path / "model")
+    config = json.loads((policy / "generation_config.json").read_text())
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(config | {"eos_token_id": 1}))
+    with pytest.raises(ValueError, match=r"stops at \[1\], not at the template's <\|im_end\|> \(3\)"):
+        online_dpo.main(flags(policy, tmp_path / "run", "--model", tmp_path / "model"))
 
 
 @pytest.mark.parametrize("body, told", [("[float('nan')] * len(answers)", "not finite numbers"), ("[1.0]", r"scores of shape \(1,\)"),
                                         ("None", r"scores of shape \(\)|not finite"),
                                         ("answers[99]", r"IndexError: list index out of range \(.*j.py:5\)")])
 def test_judge_that_returns_rubbish_is_named_and_nothing_lost(policy, tmp_path, body, told):
-    """The judge goes wrong at the 20th prompt: the first batch's scores stay, a mended judge goes on."""
+    """The judge goes wrong at the 20th prompt: the scores before it stay, a mended judge goes on."""
     judge = tmp_path / "j.py"
     judge.write_text(f"n = 0\ndef score(prompt, answers, reference):\n    global n\n    n += 1\n"
                      f"    return [sum(map(ord, a)) % 97 for a in answers] if n < 20 else {body}\n")
@@ -546,9 +634,15 @@ def test_judge_that_returns_rubbish_is_named_and_nothing_lost(policy, tmp_path, 
         online_dpo.main(run)
     scores = tmp_path / "run/iteration-1/scores-0.jsonl"
     before = scores.read_bytes()
-    assert before.count(b"\n") == 16
+    assert before.count(b"\n") == 19
     judge.write_text(JUDGE)
     assert online_dpo.main(run)["pairs"] > 0 and scores.read_bytes().startswith(before)
+
+
+def test_judge_file_may_hold_dataclasses(tmp_path):
+    (tmp_path / "j.py").write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass X:\n"
+                                   "    a: int\ndef score(p, a, r):\n    return X(1).a\n")
+    assert online_dpo.judge_function(f"{tmp_path}/j.py:score")(0, 0, 0) == 1
 
 
 def test_judge_file_that_cannot_be_imported_is_named(policy, tmp_path):
