@@ -23,7 +23,7 @@ import data
 import evaluate
 import online_dpo
 import sft
-from test_online_dpo import Server
+from test_online_dpo import Server, all_logits, pairrm  # noqa: F401, pairrm is a fixture
 
 
 # ------------------------------------------------------------------------------------------ golden scoring
@@ -776,6 +776,22 @@ def test_judge_runs_by_a_python_judge(runs, tmp_path):
     assert name.endswith("dpo-20-4 over " + evaluate.name_of(str(runs / "sft"))) and len(sft_said) == 20 == got["prompts"]
     seat = evaluate.main([*run, "--judge", f"python:{tmp_path}/j.py:first"])["win_rates"][name]
     assert seat["win_rate"] == 0.5 and seat["equal"] == got["equal"]
+
+
+def test_judge_runs_by_pairrm(pairrm, tmp_path):
+    """b wins where C_10 > C_01, both orders in one; equal answers are a half and never asked."""
+    from types import SimpleNamespace
+    rng = random.Random(3)
+    words = lambda n: " ".join(f"w{rng.randrange(50)}" for _ in range(n))
+    said = {k: [words(rng.randint(1, 9)) for _ in range(12)] for k in "ab"}
+    said["b"][4] = said["a"][4] + " "
+    rows = [{"key": str(n), "prompt": [{"role": "user", "content": f"w{n}"}], "answer": None} for n in range(12)]
+    args = SimpleNamespace(judge=f"pairrm:{pairrm}", judge_tokens=4096)
+    made, counts = evaluate.scored_outcomes(args, rows, said, [("a", "b")], torch.device("cpu"))
+    for n, won in enumerate(made["a", "b"]):
+        c, _ = all_logits(pairrm, f"w{n}", [said["a"][n], said["b"][n]])
+        assert won == (0.5 if n == 4 else float(c[1, 0] > c[0, 1])), n
+    assert 0 < sum(made["a", "b"]) < 12 and counts["unparsed"] == 0
 
 
 def test_judge_runs_by_an_llm(runs, tmp_path):
