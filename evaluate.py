@@ -58,7 +58,7 @@ STAGES = ["runs/sft", "runs/dpo", "runs/online-dpo"]
 
 
 # --------------------------------------------------------------------------------------------- maths
-LABELS = {"A>>B": (1.0, 3), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, 3)}      # A's score, battles
+LABELS = {"A>>B": (1.0, 3), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, 3)}    # A's score, battles
 MIRRORED = {"B<<A": "A>>B", "B<A": "A>B", "B=A": "A=B", "A<B": "B>A", "A<<B": "B>>A"}                 # known since 2025
 
 
@@ -77,8 +77,8 @@ def arena_verdict(text: str, parse: str) -> str | None:
 
 
 def arena_battles(games) -> np.ndarray:
-    """(label, game) -> the candidate's battles: 1 win, 0.5 tie, 0 loss, (N,) float64. Game 1 has A = baseline, game 2 is
-    swapped; a strong verdict is 3 battles, None none. Labels A>>B then B>>A: 0, 0, 0, 0, 0, 0, not a tie."""
+    """(label, game) -> the candidate's battles: 1 win, 0.5 tie, 0 loss, (N,) float64. Game 1 has A = baseline, game 2
+    is swapped; a strong verdict is 3 battles, None none. Labels A>>B then B>>A: 0, 0, 0, 0, 0, 0, not a tie."""
     out = []
     for label, game in games:
         if label is not None:
@@ -99,7 +99,8 @@ def bootstrap(values, draws: int = 1000, seed: int = 0) -> tuple[float, float] |
     v, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
     if not len(v):
         return None, None
-    return tuple(map(float, np.percentile([v[rng.integers(len(v), size=len(v))].mean() for _ in range(draws)], [2.5, 97.5])))
+    means = [v[rng.integers(len(v), size=len(v))].mean() for _ in range(draws)]
+    return tuple(map(float, np.percentile(means, [2.5, 97.5])))
 
 
 def mt_rating(text: str) -> float | None:
@@ -128,7 +129,7 @@ def quadratic_fit(x, y) -> dict:
         raise ValueError(f"a degree-2 fit needs three different x, got {sorted(set(x.tolist()))}")
     m, s = x.mean(), x.std()
     z = np.stack([np.ones_like(x), (x - m) / s, ((x - m) / s) ** 2], 1)                   # (n, 3), well conditioned
-    back = np.array([[1, -m / s, (m / s) ** 2], [0, 1 / s, -2 * m / s ** 2], [0, 0, 1 / s ** 2]])   # to powers of x
+    back = np.array([[1, -m / s, (m / s) ** 2], [0, 1 / s, -2 * m / s ** 2], [0, 0, 1 / s ** 2]])    # to powers of x
     d = np.linalg.lstsq(z, y, rcond=None)[0]
     c, dof = back @ d, len(x) - 3
     out = {"coefficients": c.tolist(), "low": None, "high": None, "n": len(x), "vertex": None, "vertex_low": None,
@@ -141,7 +142,8 @@ def quadratic_fit(x, y) -> dict:
         half = t * np.sqrt(np.diag(back @ cov @ back.T).clip(0))
         out |= {"low": (c - half).tolist(), "high": (c + half).tolist()}
         # Fieller: all v with (d1 + 2 d2 v)^2 <= t^2 Var(d1 + 2 d2 v), a quadratic a v^2 + 2 b v + e <= 0
-        a, b, e = (4 * (d[2] ** 2 - t * t * cov[2, 2]), 2 * (d[1] * d[2] - t * t * cov[1, 2]), d[1] ** 2 - t * t * cov[1, 1])
+        a, e = 4 * (d[2] ** 2 - t * t * cov[2, 2]), d[1] ** 2 - t * t * cov[1, 1]
+        b = 2 * (d[1] * d[2] - t * t * cov[1, 2])
         if a > 0 and b * b >= a * e:
             root = math.sqrt(b * b - a * e)
             out |= {"vertex_low": float(m + s * (-b - root) / a), "vertex_high": float(m + s * (-b + root) / a)}
@@ -171,8 +173,8 @@ def fetch(name: str, flag: str) -> Path:
     try:
         return Path(hf_hub_download(f"{owner}/{repo}", path, repo_type=kind))
     except Exception as error:                              # offline, gated, moved: many kinds, one way out
-        raise ValueError(f"{flag} {name}: not to be had from the Hub ({type(error).__name__}: {str(error)[:200]}); download "
-                         f"it elsewhere and name the file with {flag}") from error
+        raise ValueError(f"{flag} {name}: not to be had from the Hub ({type(error).__name__}: {str(error)[:200]}); "
+                         f"download it elsewhere and name the file with {flag}") from error
 
 
 def read_rows(name: str, flag: str) -> list[tuple[str, dict]]:
@@ -196,15 +198,15 @@ def read_questions(args) -> list[dict]:
         turns = [t["content"] if isinstance(t, dict) else t for t in turns]
         name = str(r.get("uid", r.get("question_id", r.get("id", r.get("instruction")))))
         if not turns or name == "None" or name in out:
-            raise ValueError(f"--questions {where}: " + (f"question {name} is there twice" if name in out else "no uid or question_id "
-                             f"with prompt, turns or instruction; its keys are {sorted(r)}"))
+            raise ValueError(f"--questions {where}: " + (f"question {name} is there twice" if name in out else
+                             f"no uid or question_id with prompt, turns or instruction; its keys are {sorted(r)}"))
         out[name] = {"id": name, "turns": turns, "category": r.get("category", r.get("dataset", ""))}
     return list(out.values())[:args.limit]
 
 
 def read_answers(name: str, flag: str, questions: list[dict]) -> dict[str, list[str]]:
     """Texts of an answer file in Arena-Hard's form (uid, messages), FastChat's (question_id, choices) or AlpacaEval's
-    (instruction, output): id -> one text a turn, for every question. Raises where one is missing, there twice or "$ERROR$"."""
+    (instruction, output): id -> a text a turn, for every question. Raises where one is missing, twice or "$ERROR$"."""
     found, wanted = {}, {q["id"]: len(q["turns"]) for q in questions}
     for where, r in read_rows(name, flag):
         key = str(r.get("uid", r.get("question_id", r.get("instruction"))))
@@ -217,7 +219,8 @@ def read_answers(name: str, flag: str, questions: list[dict]) -> dict[str, list[
             texts = [r.get("output")]
         if key not in wanted:
             continue
-        wrong = "is there twice" if key in found else "holds no text" if not all(isinstance(t, str) for t in texts) else \
+        wrong = "is there twice" if key in found else \
+            "holds no text" if not all(isinstance(t, str) for t in texts) else \
             f"has {len(texts)} turns, not {wanted[key]}" if len(texts) != wanted[key] else \
             "is the mark of a failed request, $ERROR$" if "$ERROR$" in texts else ""
         if wrong:
@@ -229,11 +232,11 @@ def read_answers(name: str, flag: str, questions: list[dict]) -> dict[str, list[
     return found
 
 
-def fill(template: str, values: dict, where: str) -> str:
+def fill(template: str, values: dict, where: str, flag: str = "--templates") -> str:
     """{name} -> values[name] in one pass: braces in a value stay text."""
     unknown = set(re.findall(r"\{(\w+)\}", template)) - set(values)
     if unknown:
-        raise ValueError(f"--templates {where}: placeholders {', '.join(sorted(unknown))} are unknown; there are "
+        raise ValueError(f"{flag} {where}: placeholders {', '.join(sorted(unknown))} are unknown; there are "
                          f"{', '.join(sorted(values))}")
     return re.sub(r"\{(\w+)\}", lambda m: values[m[1]], template)
 
@@ -251,35 +254,41 @@ def model_key(args) -> str:
 
 
 def sample_answers(args, folder: Path, asked: list[dict]) -> list[str] | None:
-    """Texts for {"messages", "temperature"}, each by one call of the engine, from answers-0.jsonl where they are there; None
-    where --dry-run would have to sample."""
+    """Texts for {"messages", "temperature"}, from answers-0.jsonl where they are there, else by the engine, a call for
+    each temperature; None where --dry-run would have to sample."""
     from tqdm import tqdm
     tokenizer = template = None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.engine != "server":
         from transformers import AutoConfig
         tokenizer, template = sft.load_tokenizer(args)
-        context = getattr(AutoConfig.from_pretrained(args.model).get_text_config(), "max_position_embeddings", None) or math.inf
+        config, limit = AutoConfig.from_pretrained(args.model).get_text_config(), args.max_new_tokens
+        context = getattr(config, "max_position_embeddings", None) or math.inf
         sizes = [len(sft.prompt_ids(tokenizer, a["messages"])) for a in asked]
-        if max(sizes) + args.max_new_tokens > context:
-            raise ValueError(f"--max-new-tokens {args.max_new_tokens}: with it {sum(s + args.max_new_tokens > context for s in sizes)} "
-                             f"of {len(sizes)} prompts (longest {max(sizes)} tokens) exceed {args.model}'s context of {context}; lower it")
-    decides = [model_key(args), args.engine, tokenizer and tokenizer.chat_template, args.max_new_tokens, args.top_p, args.seed, args.dtype]
+        if max(sizes) + limit > context:
+            over = sum(s + limit > context for s in sizes)
+            raise ValueError(f"--max-new-tokens {limit}: with it {over} of {len(sizes)} prompts (longest {max(sizes)} "
+                             f"tokens) exceed {args.model}'s context of {context}; lower it")
+    decides = [model_key(args), args.engine, tokenizer and tokenizer.chat_template, args.max_new_tokens, args.top_p,
+               args.seed, args.dtype]
     keys = [digest([*decides, a["messages"], a["temperature"]]) for a in asked]
     folder.mkdir(parents=True, exist_ok=True)
     online_dpo.cut_torn_lines(folder, "answers-*.jsonl")
     known = {r["key"]: r["text"] for r in online_dpo.read_growing(folder, "answers-*.jsonl")}
     if args.dry_run and not all(k in known for k in keys):
         return None
-    bar = tqdm(total=len(asked), initial=sum(k in known for k in keys), unit="answer", desc="answers", dynamic_ncols=True)
+    bar = tqdm(total=len(asked), initial=sum(k in known for k in keys), unit="answer", desc="answers",
+               dynamic_ncols=True)
     with open(folder / "answers-0.jsonl", "a") as file:
         for t in sorted({a["temperature"] for a in asked}):
             rows = list({k: {"key": k, "prompt": a["messages"]} for k, a in zip(keys, asked)
                          if a["temperature"] == t and k not in known}.values())
             settings = dpo.argparse_with(args, temperature=t, samples=1, base_url=args.server_url)
-            for a in online_dpo.answers_of(settings, args.model, tokenizer, rows, frozenset(), device, 0, "--server-url") if rows else ():
+            made = online_dpo.answers_of(settings, args.model, tokenizer, rows, frozenset(), device, 0, "--server-url")
+            for a in made if rows else ():
                 key = rows[a.prompt]["key"]
-                file.write(json.dumps({"key": key, "text": a.text, "tokens": len(a.ids), "finished": a.finished}) + "\n")
+                row = {"key": key, "text": a.text, "tokens": len(a.ids), "finished": a.finished}
+                file.write(json.dumps(row) + "\n")
                 file.flush()
                 known[key] = a.text
                 bar.update()
@@ -287,7 +296,7 @@ def sample_answers(args, folder: Path, asked: list[dict]) -> list[str] | None:
     return [known[k] for k in keys]
 
 
-def candidate_answers(args, folder: Path, questions: list[dict], temperature=lambda q: 0.0) -> dict[str, list[str]] | None:
+def candidate_answers(args, folder: Path, questions: list[dict], temperature=lambda q: 0.0) -> dict | None:
     """--answers, or the model's own, turn after turn: id -> texts. None where --dry-run would have to sample them."""
     if args.answers:
         return read_answers(args.answers, "--answers", questions)
@@ -306,11 +315,11 @@ def candidate_answers(args, folder: Path, questions: list[dict], temperature=lam
 def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | None = None) -> tuple[dict, dict]:
     """calls {"id", "messages"} -> {id: parse(the judge's own text) or None}, and counts.
 
-    Every reply is appended to verdicts-0.jsonl under a hash of id, judge, messages, temperature and limit, and never asked
-    for again; what is parsed is the reply, so another parse variant costs nothing. follow_up: one more user turn where the
-    first reply holds no label at all; both texts are parsed together. A request that failed for good is recorded
-    without a reply: unparsed now, asked again by the next run. Refused keys and names (401, 403, 404) and 20 failures in a
-    row of a server that is busy, broken or silent stop the run."""
+    Every reply is appended to verdicts-0.jsonl under a hash of id, judge, messages, temperature and limit, and never
+    asked for again; what is parsed is the reply, so another parse variant costs nothing. follow_up: one more user turn
+    where the first reply holds no label at all; both texts are parsed together. A request that failed for good is
+    recorded without a reply: unparsed now, asked again by the next run. Refused keys and names (401, 403, 404) and 20
+    failures in a row of a server that is busy, broken or silent stop the run."""
     import fcntl
     from tqdm import tqdm
     folder.mkdir(parents=True, exist_ok=True)
@@ -318,12 +327,14 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # two processes would pay twice
     except BlockingIOError:
-        raise ValueError(f"--output {folder}: another process is judging into this folder; wait for it or name another") from None
+        raise ValueError(f"--output {folder}: another process is judging into this folder; wait for it, or name "
+                         "another") from None
     online_dpo.cut_torn_lines(folder, "verdicts-*.jsonl")
-    known = {r["key"]: r["reply"] for r in online_dpo.read_growing(folder, "verdicts-*.jsonl") if r["reply"] is not None}
+    known = online_dpo.read_growing(folder, "verdicts-*.jsonl")
+    known = {r["key"]: r["reply"] for r in known if r["reply"] is not None}
     settings = {"model": args.judge, "temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
     key_of = lambda name, messages: digest([name, settings, messages])
-    todo = [c for c in calls if c.get("extra") or key_of(c["id"], c["messages"]) not in known]     # extra: answer to come
+    todo = [c for c in calls if c["extra"] or key_of(c["id"], c["messages"]) not in known]      # extra: answers to come
     if args.dry_run:
         return {}, dry_run(args, calls, todo, follow_up)
     lock, failing, counts = threading.Lock(), [0], {"asked": 0, "failed": 0, "judge_tokens": 0}
@@ -335,14 +346,15 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
             reply = known.get(key)
             if reply is None:
                 try:
-                    reply, _, tokens = online_dpo.chat(args.judge_url, {**settings, "messages": messages}, args, "--base-url")
+                    reply, _, tokens = online_dpo.chat(args.judge_url, settings | {"messages": messages}, args,
+                                                       "--base-url")
                 except online_dpo.ChatError as e:
                     if e.status in (401, 403, 404):
                         raise
                     error, status = str(e), e.status
                 with lock:
-                    file.write(json.dumps({"key": key, "id": call["id"], "judge": args.judge, "url": args.judge_url, "reply": reply,
-                                           "error": error, "tokens": tokens, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}) + "\n")
+                    file.write(json.dumps({"key": key, "id": call["id"], "judge": args.judge, "url": args.judge_url,
+                                           "reply": reply, "error": error, "tokens": tokens, "time": now()}) + "\n")
                     file.flush()
                     counts["asked"] += reply is not None
                     counts["failed"] += reply is None
@@ -366,32 +378,35 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
     bar.close()
     counts |= {"calls": len(calls), "unparsed": sum(v is None for v in verdicts.values())}
     if counts["unparsed"]:
-        print(f"{counts['unparsed']} of {len(calls)} verdicts are unparsed ({counts['failed']} of them failed requests, which the same "
-              "command asks again); they count as neither win nor loss", file=sys.stderr)
+        print(f"{counts['unparsed']} of {len(calls)} verdicts are unparsed ({counts['failed']} requests failed, which "
+              "the same command asks again); they count as neither win nor loss", file=sys.stderr)
     return verdicts, counts
 
 
 def dry_run(args, calls, todo, follow_up) -> dict:
     """Calls, tokens and cost of what is not on disk yet. Tokens in: bytes / 4, an estimate; out: at most the limit."""
-    tokens_in = sum(len(m["content"].encode()) for c in todo for m in c["messages"]) // 4 + sum(c.get("extra", 0) for c in todo)
-    tokens_out, cost = len(todo) * args.judge_max_tokens, None
-    if args.price:
-        cost = (tokens_in * args.price[0] + tokens_out * args.price[1]) / 1e6
-    told = {"dry_run": True, "calls": len(todo), "on_disk": len(calls) - len(todo), "tokens_in": tokens_in,
+    size = sum(len(m["content"].encode()) for c in todo for m in c["messages"])
+    tokens_in, tokens_out = size // 4 + sum(c["extra"] for c in todo), len(todo) * args.judge_max_tokens
+    cost = (tokens_in * args.price[0] + tokens_out * args.price[1]) / 1e6 if args.price else None
+    print(f"dry run: {len(todo)} calls of {args.judge} ({len(calls) - len(todo)} on disk), about {tokens_in:,} tokens "
+          f"in (bytes / 4), at most {tokens_out:,} out; " + ("--price IN OUT gives the cost" if cost is None else
+          f"at most {cost:.2f} at {args.price[0]:g} and {args.price[1]:g} a million tokens") +
+          "; a reply without a verdict costs one call more" * bool(follow_up), file=sys.stderr)
+    return {"dry_run": True, "calls": len(todo), "on_disk": len(calls) - len(todo), "tokens_in": tokens_in,
             "tokens_out_at_most": tokens_out, "cost_at_most": cost}
-    print(f"dry run: {len(todo)} calls of {args.judge} ({told['on_disk']} on disk), about {tokens_in:,} tokens in (bytes / 4), at most "
-          f"{tokens_out:,} out" + (f", at most {cost:.2f} at {args.price[0]:g} / {args.price[1]:g} a million" if args.price else
-                                   "; --price IN OUT gives the cost") +
-          ("; a reply without a verdict costs one call more" if follow_up else ""), file=sys.stderr)
-    return told
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def finish(args, folder: Path, result: dict) -> dict:
     """result.json: the score with all that decides it."""
     import transformers
-    result = {"command": args.command, **result, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "git": sft.git_commit(),
-              "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
-                           "numpy": np.__version__}, "flags": vars(args), "output": str(folder)}
+    versions = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, transformers, np)}
+    result = {"command": args.command, "judge": getattr(args, "judge", None), "temperature": getattr(
+        args, "judge_temperature", None), **result, "date": now(), "git": sft.git_commit(), "versions": versions,
+        "flags": vars(args), "output": str(folder)}
     folder.mkdir(parents=True, exist_ok=True)
     sft.write_json(folder / "result.json", result)
     return result
@@ -407,103 +422,105 @@ def output_folder(args, name: str) -> Path:
 # --------------------------------------------------------------------------------------- the benchmarks
 def arena_hard(args) -> dict:
     """Arena-Hard-Auto v0.1, or the paper's Arena-Hard-Auto*: two swapped games a question against the baseline."""
-    chosen = VARIANTS[args.variant]
+    star, chosen = args.variant == "star", VARIANTS[args.variant]
     args.judge, args.baseline = args.judge or chosen["judge"], args.baseline or chosen["baseline"]
-    folder = output_folder(args, "arena-hard" if args.variant == "v0.1" else f"arena-hard-{args.variant}")
-    questions = read_questions(args)
+    folder, questions = output_folder(args, "arena-hard" + "-star" * star), read_questions(args)
     where, template = read_rows(args.templates, "--templates")[0]
-    texts = template.get("prompt_template") if isinstance(template, dict) else None
+    system, texts = template.get("system_prompt"), template.get("prompt_template")
     texts = [texts] if isinstance(texts, str) else texts
-    if not texts or len(texts) != 1 or not isinstance(template.get("system_prompt"), str):
-        raise ValueError(f"--templates {where}: needs system_prompt and one prompt_template, as in Arena-Hard's judge_config.yaml")
-    baseline = read_answers(args.baseline_answers or f"{ARENA}model_answer/{args.baseline}.jsonl", "--baseline-answers", questions)
+    if not isinstance(system, str) or not texts or len(texts) != 1:
+        raise ValueError(f"--templates {where}: needs system_prompt and one prompt_template, as in Arena-Hard's "
+                         "judge_config.yaml")
+    baseline = read_answers(args.baseline_answers or f"{ARENA}model_answer/{args.baseline}.jsonl", "--baseline-answers",
+                            questions)
     answers = candidate_answers(args, folder, questions)
     calls = []
     for q in questions:
         for game in (1, 2):                                 # 1: A is the baseline; 2: A is the candidate
             (mine,), (theirs,) = answers[q["id"]] if answers else [""], baseline[q["id"]]
             a, b = (theirs, mine) if game == 1 else (mine, theirs)
-            values = dict.fromkeys(("question_1", "question", "prompt", "QUESTION"), q["turns"][0])
-            values |= dict.fromkeys(("answer_1", "answer_a", "ANSWER_A"), a) | dict.fromkeys(("answer_2", "answer_b", "ANSWER_B"), b)
-            calls.append({"id": f"{q['id']}/{game}", "extra": 0 if answers else args.max_new_tokens, "messages": [
-                {"role": "system", "content": template["system_prompt"]},
-                {"role": "user", "content": fill(texts[0], values, where)}]})
+            values = {name: text for names, text in (("question_1 question prompt QUESTION", q["turns"][0]),
+                                                     ("answer_1 answer_a ANSWER_A", a),
+                                                     ("answer_2 answer_b ANSWER_B", b)) for name in names.split()}
+            calls.append(call(f"{q['id']}/{game}", system, fill(texts[0], values, where),
+                              0 if answers else args.max_new_tokens))
     verdicts, counts = ask_judge(args, folder, calls, lambda text: arena_verdict(text, args.parse),
                                  FINISH if args.parse == "2024" else None)
     if args.dry_run:
         return counts
-    battles = arena_battles([(verdicts[c["id"]], int(c["id"][-1])) for c in calls])
-    score, (low, high) = win_rate(battles), bootstrap(battles, args.bootstrap, args.seed)
-    percent = lambda v: None if v is None else 100 * v
     sft.write_rows(folder / "games.jsonl", [{"id": c["id"], "verdict": verdicts[c["id"]]} for c in calls])
-    print(f"Arena-Hard ({args.variant}): {percent(score) if score is not None else math.nan:.1f} "
-          f"({percent(low) or 0:.1f} .. {percent(high) or 0:.1f}), {len(battles)} battles", file=sys.stderr)
+    battles = arena_battles([(verdicts[c["id"]], int(c["id"][-1])) for c in calls])
+    score, low, high = (None if v is None else 100 * v for v in (
+        win_rate(battles), *bootstrap(battles, args.bootstrap, args.seed)))
+    told = "no battle" if score is None else f"{score:.1f} ({low:.1f} .. {high:.1f})"
+    print(f"Arena-Hard ({args.variant}): {told}", file=sys.stderr)
     return finish(args, folder, {
-        "benchmark": "arena-hard-auto-v0.1" + ("*" if args.variant == "star" else ""), "model": args.model or args.answers,
-        "judge": args.judge, "baseline": args.baseline, "parse": args.parse, "temperature": args.judge_temperature,
-        "template": digest([template["system_prompt"], texts[0]]), "score": percent(score), "low": percent(low), "high": percent(high),
-        "battles": len(battles), "questions": len(questions), "empty_answers": sum(not a.strip() for x in answers.values() for a in x),
-        **counts})
+        "benchmark": "arena-hard-auto-v0.1" + "*" * star, "model": args.model or args.answers,
+        "baseline": args.baseline, "parse": args.parse, "template": digest([system, texts[0]]), "score": score,
+        "low": low, "high": high,
+        "battles": len(battles), "questions": len(questions), "empty_answers": empty(answers), **counts})
+
+
+def call(name: str, system: str, text: str, extra: int) -> dict:
+    """One question to the judge; extra: tokens at most of answers that are not there yet, for --dry-run."""
+    return {"id": name, "extra": extra, "messages": [{"role": "system", "content": system},
+                                                     {"role": "user", "content": text}]}
+
+
+def empty(answers: dict[str, list[str]]) -> int:
+    return sum(not text.strip() for turns in answers.values() for text in turns)
 
 
 def mt_bench(args) -> dict:
     """MT-Bench: two turns, each graded alone on 1 to 10, against a reference where --references has one."""
     folder, questions = output_folder(args, "mt-bench"), read_questions(args)
     templates = {r["name"]: r for _, r in read_rows(args.templates, "--templates") if "name" in r}
-    missing = [n for n in ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn") if n not in templates]
+    used = ["single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn"]
+    missing = [n for n in used if n not in templates]
     if missing:
-        raise ValueError(f"--templates {args.templates}: no template {', '.join(missing)}; MT-Bench's judge_prompts.jsonl has them")
-    with_reference = {str(r.get("question_id")) for _, r in read_rows(args.references, "--references")}
-    references = read_answers(args.references, "--references", [q for q in questions if q["id"] in with_reference])
+        raise ValueError(f"--templates {args.templates}: no template {', '.join(missing)}; MT-Bench's "
+                         "judge_prompts.jsonl has them")
+    there = {str(r.get("question_id")) for _, r in read_rows(args.references, "--references")}
+    references = read_answers(args.references, "--references", [q for q in questions if q["id"] in there])
     answers = candidate_answers(args, folder, questions, lambda q: MT_TEMPERATURE.get(q["category"], 0.7))
+    ids = {q["id"]: [f"{q['id']}/{t + 1}" for t in range(len(q["turns"]))] for q in questions}
     calls = []
     for q in questions:
-        for turn in range(len(q["turns"])):
-            said, right = answers[q["id"]] if answers else [""] * len(q["turns"]), references.get(q["id"])
-            t = templates[f"single{'-math' * (right is not None)}-v1{'-multi-turn' * (turn > 0)}"]
-            values = {"question": q["turns"][0], "answer": said[0]}
-            for i in range(turn + 1):
-                values |= {f"question_{i + 1}": q["turns"][i], f"answer_{i + 1}": said[i]} | (
-                    {f"ref_answer_{i + 1}": right[i]} if right else {})
-            calls.append({"id": f"{q['id']}/{turn + 1}", "extra": 0 if answers else (turn + 1) * args.max_new_tokens, "messages": [
-                {"role": "system", "content": t["system_prompt"]},
-                {"role": "user", "content": fill(t["prompt_template"], values, args.templates)}]})
+        said, right = answers[q["id"]] if answers else [""] * len(q["turns"]), references.get(q["id"])
+        values = {"question": q["turns"][0], "answer": said[0]}
+        for turn, name in enumerate(ids[q["id"]]):
+            t = templates[f"single{'-math' * bool(right)}-v1{'-multi-turn' * (turn > 0)}"]
+            values |= {f"question_{turn + 1}": q["turns"][turn], f"answer_{turn + 1}": said[turn]}
+            values |= {f"ref_answer_{turn + 1}": right[turn]} if right else {}
+            calls.append(call(name, t["system_prompt"], fill(t["prompt_template"], values, args.templates),
+                              0 if answers else (turn + 1) * args.max_new_tokens))
     ratings, counts = ask_judge(args, folder, calls, mt_rating)
     if args.dry_run:
         return counts
-    mean = lambda keep: (lambda r: float(np.mean(r)) if r else None)([r for r in map(ratings.get, keep) if r is not None])
-    ids = {q["id"]: [f"{q['id']}/{t + 1}" for t in range(len(q["turns"]))] for q in questions}
-    by_category = {c: mean([i for q in questions if q["category"] == c for i in ids[q["id"]]])
-                   for c in dict.fromkeys(q["category"] for q in questions)}
-    turns = {f"turn {t + 1}": mean([x[t] for x in ids.values() if t < len(x)]) for t in range(max(map(len, ids.values())))}
+    sft.write_rows(folder / "ratings.jsonl", [{"id": c["id"], "rating": ratings[c["id"]]} for c in calls])
+
+    def mean(names):
+        given = [ratings[n] for n in names if ratings[n] is not None]
+        return float(np.mean(given)) if given else None
+    categories = {c: mean([n for q in questions if q["category"] == c for n in ids[q["id"]]])
+                  for c in dict.fromkeys(q["category"] for q in questions)}
+    turns = {f"turn {t + 1}": mean([x[t] for x in ids.values() if t < len(x)])
+             for t in range(max(map(len, ids.values())))}
     low, high = bootstrap([m for m in map(mean, ids.values()) if m is not None], args.bootstrap, args.seed)
-    sft.write_rows(folder / "ratings.jsonl", [{"id": i, "rating": r} for i, r in ratings.items()])
-    plot_bars(folder / "mt-bench.png", {**by_category, **turns, "overall": mean(ratings)}, "MT-Bench rating (1 to 10)", 10)
-    used = sorted({n for n in templates if n.startswith("single")})
+    plot_bars(folder / "mt-bench.png", categories | turns | {"overall": mean(ratings)}, "MT-Bench rating (1 to 10)", 10)
     return finish(args, folder, {
-        "benchmark": "mt-bench", "model": args.model or args.answers, "judge": args.judge, "baseline": None, "parse": "mt-bench",
-        "temperature": args.judge_temperature, "template": digest([[templates[n]["system_prompt"], templates[n]["prompt_template"]]
-                                                                   for n in used]),
-        "score": mean(ratings), "low": low, "high": high, "categories": by_category, "turns": turns, "questions": len(questions),
-        "with_reference": len(references), "out_of_scale": sum(r is not None and not 1 <= r <= 10 for r in ratings.values()),
-        "empty_answers": sum(not a.strip() for x in answers.values() for a in x), **counts})
+        "benchmark": "mt-bench", "model": args.model or args.answers, "baseline": None, "parse": "mt-bench",
+        "template": digest([[templates[n]["system_prompt"], templates[n]["prompt_template"]] for n in used]),
+        "score": mean(ratings), "low": low, "high": high, "categories": categories, "turns": turns,
+        "questions": len(questions), "with_reference": len(references), "empty_answers": empty(answers),
+        "out_of_scale": sum(r is not None and not 1 <= r <= 10 for r in ratings.values()), **counts})
 
 
-def plot_bars(path: Path, values: dict[str, float | None], label: str, top: float | None = None) -> None:
-    figure, ax = new_figure()
-    names = list(values)
-    bars = ax.bar(names, [values[n] or 0 for n in names], color="#4477aa")
-    ax.bar_label(bars, ["-" if values[n] is None else f"{values[n]:.2f}" for n in names], fontsize=9)
-    ax.set(ylabel=label, ylim=(0, top))
-    ax.tick_params(axis="x", rotation=30)
-    save_figure(figure, path)
-
-
-def new_figure(**size):
+def new_figure():
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    return plt.subplots(**{"figsize": (8, 5), "constrained_layout": True, **size})
+    return plt.subplots(figsize=(8, 5), constrained_layout=True)
 
 
 def save_figure(figure, path: Path) -> None:
@@ -513,67 +530,92 @@ def save_figure(figure, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_bars(path: Path, values: dict[str, float | None], label: str, top: float) -> None:
+    figure, ax = new_figure()
+    bars = ax.bar(list(values), [v or 0 for v in values.values()], color="#4477aa")
+    ax.bar_label(bars, ["-" if v is None else f"{v:.2f}" for v in values.values()], fontsize=9)
+    ax.set(ylabel=label, ylim=(0, top))
+    ax.tick_params(axis="x", rotation=30)
+    save_figure(figure, path)
+
+
 # ------------------------------------------------------------------------------------- models against models
 def judge(args) -> dict:
     """Win rates of every run against every other on --data's prompts by any judge of online_dpo.py, in both orders."""
     names = [name_of(r) for r in args.runs]
-    if len(names) < 2 or len(set(names)) < len(names):
+    if len(set(names)) < max(2, len(names)):
         raise ValueError(f"RUNS {' '.join(args.runs)}: two or more different ones are needed")
-    folder, kind = Path(args.output or "runs/evaluate/judge"), args.judge.partition(":")[0]
+    folder, log = Path(args.output or "runs/evaluate/judge"), lambda *a: print(*a, file=sys.stderr)
     rank, _, device = sft.init_distributed()
     first = dpo.argparse_with(args, model=args.runs[0])
     tokenizer, template = sft.load_tokenizer(first)
-    rows, data_key = online_dpo.read_prompts(first, tokenizer, template, rank, lambda *a: print(*a, file=sys.stderr))
+    rows, key = online_dpo.read_prompts(first, tokenizer, template, rank, log)
     rows = rows[:args.limit]
-    said = {n: sample_answers(dpo.argparse_with(args, model=run), folder / n, [
-        {"messages": r["prompt"], "temperature": args.temperature} for r in rows]) for n, run in zip(names, args.runs)}
-    said = None if None in said.values() else said          # --dry-run before there are answers
+    asked = [{"messages": r["prompt"], "temperature": args.temperature} for r in rows]
+    said = {n: sample_answers(dpo.argparse_with(args, model=m), folder / n, asked) for n, m in zip(names, args.runs)}
+    extra = 2 * args.max_new_tokens if None in said.values() else 0
+    if extra:                                               # --dry-run before there are answers
+        said = {n: [f"answer of {n} to come"] * len(rows) for n in names}
     duels = [(a, b) for i, a in enumerate(names) for b in names[i + 1:]]
-    outcomes, counts = {}, {}
-    if kind == "llm":
-        llm = dpo.argparse_with(args, judge=args.judge.partition(":")[2])
-        calls, text = [], fetch(args.judge_template, "--judge-template").read_text()
-        for a, b in duels:
-            for n, r in enumerate(rows):
-                for one, two in ((a, b), (b, a)):
-                    if said is None or said[a][n].strip() != said[b][n].strip():
-                        values = {"prompt": online_dpo.as_text(r["prompt"]), "answer_a": said[one][n] if said else "",
-                                  "answer_b": said[two][n] if said else ""}
-                        calls.append({"id": f"{one} {two} {r['key']}", "extra": 0 if said else 2 * args.max_new_tokens,
-                                      "messages": [{"role": "user", "content": fill(text, values, args.judge_template)}]})
-
-        def parse(reply):
-            found = re.findall(r"\[\[(A>>B|A>B|A=B|B>A|B>>A|A|B|C)\]\]", reply)
-            return online_dpo.VERDICTS[found[-1]] if found else None
-        verdicts, counts = ask_judge(llm, folder, calls, parse)
-        if args.dry_run:
-            return counts
-    else:
-        scorer = online_dpo.load_judge(dpo.argparse_with(args, samples=2), device)
-        counts = {"unparsed": 0}
+    made, counts = llm_outcomes(args, folder, rows, said, duels, extra) if args.judge.startswith("llm:") else \
+        scored_outcomes(args, rows, said, duels, device)
+    if args.dry_run:
+        return counts
+    rates = {}
     for a, b in duels:
-        wins = []                                           # of b over a, a prompt: mean over both orders
+        wins = [w for w in made[a, b] if w is not None]
+        low, high = bootstrap(wins, args.bootstrap, args.seed)
+        rates[f"{b} over {a}"] = rate = {
+            "win_rate": win_rate(wins), "low": low, "high": high, "prompts": len(wins),
+            "equal": sum(x.strip() == y.strip() for x, y in zip(said[a], said[b]))}
+        log(f"{b} over {a}: " + ("no verdict" if not wins else f"{rate['win_rate']:.1%} ({low:.1%} .. {high:.1%}) of "
+                                 f"{len(wins)} prompts, {rate['equal']} answers equal"))
+    return finish(args, folder, {"models": args.runs, "baseline": None, "data": key, "win_rates": rates, **counts})
+
+
+def llm_outcomes(args, folder, rows, said, duels, extra: int) -> tuple[dict, dict]:
+    """(a, b) -> of each prompt, how far b beats a in 0..1: mean of both orders' verdicts; a half for equal answers;
+    None where neither order has a verdict."""
+    text = fetch(args.judge_template, "--judge-template").read_text()
+    differ = lambda a, b, n: said[a][n].strip() != said[b][n].strip()
+    calls = []
+    for a, b in duels:
+        for n, r in enumerate(rows):
+            for one, two in ((a, b), (b, a)) if differ(a, b, n) else ():
+                values = {"prompt": online_dpo.as_text(r["prompt"]), "answer_a": said[one][n], "answer_b": said[two][n]}
+                calls.append({"id": f"{one} {two} {r['key']}", "extra": extra, "messages": [
+                    {"role": "user", "content": fill(text, values, args.judge_template, "--judge-template")}]})
+
+    def first_wins(reply):                                  # 1, 0 or a half; marks as in online_dpo.py's llm judge
+        found = re.findall(r"\[\[(A>>B|A>B|A=B|B>A|B>>A|A|B|C)\]\]", reply)
+        return (1 + online_dpo.VERDICTS[found[-1]]) / 2 if found else None
+    verdicts, counts = ask_judge(dpo.argparse_with(args, judge=args.judge.partition(":")[2]), folder, calls, first_wins)
+    if args.dry_run:
+        return {}, counts
+
+    def b_wins(a, b, n):
+        if not differ(a, b, n):
+            return 0.5
+        seen = [verdicts[f"{b} {a} {rows[n]['key']}"], verdicts[f"{a} {b} {rows[n]['key']}"]]
+        seen = [v for v in (seen[0], None if seen[1] is None else 1 - seen[1]) if v is not None]
+        return sum(seen) / len(seen) if seen else None
+    return {(a, b): [b_wins(a, b, n) for n in range(len(rows))] for a, b in duels}, counts | {
+        "parse": "last [[..]]", "template": digest(text)}
+
+
+def scored_outcomes(args, rows, said, duels, device) -> tuple[dict, dict]:
+    """(a, b) -> of each prompt 1, 1/2 or 0: b's score above, equal to, below a's. A Python judge sees both orders, and
+    what it likes in one only is a half; PairRM's scores are of both orders by themselves, a reward model's of none."""
+    scorer, out = online_dpo.load_judge(dpo.argparse_with(args, samples=2), device), {}
+    for a, b in duels:
+        gap = np.zeros(len(rows))
         differ = [n for n in range(len(rows)) if said[a][n].strip() != said[b][n].strip()]
-        if kind == "llm":
-            for n, r in enumerate(rows):
-                seen = [v if one == b else -v for one, two in ((a, b), (b, a))
-                        if (v := verdicts.get(f"{one} {two} {r['key']}", 0.0 if n not in differ else None)) is not None]
-                wins += [(1 + sum(seen) / len(seen)) / 2] if seen else []
-        else:
-            gap = np.zeros(len(rows))
-            for one, two in ((a, b), (b, a)) if kind == "python" else ((a, b),):       # PairRM looks at both orders itself
-                made = online_dpo.score_responses(scorer, [rows[n] | {"answers": [{"text": said[x][n]} for x in (one, two)]}
-                                                           for n in differ], args.judge) if differ else []
-                for n, s in zip(differ, made):
-                    gap[n] += np.sign(s[1] - s[0]) * (1 if one == a else -1)
-            wins = ((1 + np.sign(gap)) / 2).tolist()
-        low, high = bootstrap(wins, args.bootstrap, 0)
-        outcomes[f"{b} over {a}"] = {"win_rate": win_rate(wins), "low": low, "high": high, "prompts": len(wins), "equal": len(rows) - len(differ)}
-        print(f"{b} over {a}: {100 * (win_rate(wins) or 0):.1f}% ({100 * (low or 0):.1f} .. {100 * (high or 0):.1f}) of {len(wins)} prompts, "
-              f"{len(rows) - len(differ)} equal answers", file=sys.stderr)
-    template_hash = digest(Path(args.judge_template).read_text()) if kind == "llm" else None
-    return finish(args, folder, {"models": args.runs, "judge": args.judge, "baseline": None, "parse": "last [[..]]", "template": template_hash,
-                                 "temperature": args.temperature, "data": data_key, "win_rates": outcomes, **counts})
+        for one, two in ((a, b), (b, a))[:1 + args.judge.startswith("python:")] if differ else ():
+            asked = [rows[n] | {"answers": [{"text": said[x][n]} for x in (one, two)]} for n in differ]
+            scores = online_dpo.score_responses(scorer, asked, args.judge)                  # (len(differ), 2)
+            gap[differ] += np.sign(scores[:, 1] - scores[:, 0]) * (1 if one == a else -1)
+        out[a, b] = ((1 + np.sign(gap)) / 2).tolist()
+    return out, {"unparsed": 0, "parse": None, "template": None}
 
 
 def name_of(folder: str) -> str:
@@ -582,22 +624,23 @@ def name_of(folder: str) -> str:
 
 # --------------------------------------------------------------------------------------------- margins
 def pair_margins(args, names: list[str]) -> tuple[list[np.ndarray], str]:
-    """m = log pi(y_w|x) - log pi(y_l|x), nats, of --data's pairs under each model, (P,) float64 each; and the data's key.
-    Through dpo.py's shared unpadded forward and its cache; a model with other tokens gets the same messages in its own."""
+    """m = log pi(y_w|x) - log pi(y_l|x), nats, of --data's pairs under each model, (P,) float64 each; the data's key.
+    Through dpo.py's shared unpadded forward and its cache; a model with other tokens gets the messages in those."""
     rank, world, device = sft.init_distributed()
     log = lambda *a: print(*a, file=sys.stderr, flush=True) if rank == 0 else None
-    args = dpo.argparse_with(args, micro_tokens=args.micro_tokens or args.max_length, gradient_checkpointing=False, empty_system=0.0,
-                             seed=42, model=names[0], ref=None)
+    args = dpo.argparse_with(args, micro_tokens=args.micro_tokens or args.max_length, gradient_checkpointing=False,
+                             empty_system=0.0, seed=42, model=names[0])
     tokenizer, template = sft.load_tokenizer(args)
     rows, key = sft.prepare_rows(args.data, args=args, tokenizer=tokenizer, template=template, rank=rank, pairs=True,
                                  max_prompt_length=args.max_prompt_length, min_gap=None)
-    out = []
+    tokens, out = lambda t: (t.backend_tokenizer.to_str(), t.chat_template), []
     for name in names:
-        own, own_template = sft.load_tokenizer(dpo.argparse_with(args, model=name))
-        same = own.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str() and own.chat_template == tokenizer.chat_template
-        pairs = dpo.Pairs(rows if same else dpo.other_tokens(rows, dpo.argparse_with(args, ref=name), own, own_template), share=True)
-        dpo.reference_logps(args, name, dpo.weights_hash(name), pairs, own, own.convert_tokens_to_ids(list(own_template.new_tokens)),
-                            rank, world, device, log)
+        own, its = sft.load_tokenizer(dpo.argparse_with(args, model=name))
+        same = tokens(own) == tokens(tokenizer)
+        seen = rows if same else dpo.other_tokens(rows, dpo.argparse_with(args, ref=name), own, its)
+        pairs = dpo.Pairs(seen, share=True)
+        dpo.reference_logps(args, name, dpo.weights_hash(name), pairs, own,
+                            own.convert_tokens_to_ids(list(its.new_tokens)), rank, world, device, log)
         out.append(pairs.ref[:, 0].astype(np.float64) - pairs.ref[:, 1])
     return out, key
 
@@ -607,14 +650,14 @@ def margin_summary(before, after, bins: int = 10) -> dict:
     after - before over before as a degree-2 fit and as means of equally full bins with their standard errors.
     before (-1, 1), after (1, 2): accuracy 0.5 -> 1, one flip to right, none to wrong."""
     before, after = np.asarray(before), np.asarray(after)
-    change, order = after - before, np.argsort(before, kind="stable")
-    parts = [p for p in np.array_split(order, bins) if len(p)]
-    fit = quadratic_fit(before, change) if len(set(before.tolist())) > 2 else None
+    change, parts = after - before, np.array_split(np.argsort(before, kind="stable"), bins)
     return {"pairs": len(before), "margin_before": float(before.mean()), "margin_after": float(after.mean()),
             "accuracy_before": float((before > 0).mean()), "accuracy_after": float((after > 0).mean()),
-            "to_right": int(((before <= 0) & (after > 0)).sum()), "to_wrong": int(((before > 0) & (after <= 0)).sum()), "fit": fit,
+            "to_right": int(((before <= 0) & (after > 0)).sum()), "to_wrong": int(((before > 0) & (after <= 0)).sum()),
+            "fit": quadratic_fit(before, change) if len(set(before.tolist())) > 2 else None,
             "bins": [{"before": float(before[p].mean()), "change": float(change[p].mean()), "pairs": len(p),
-                      "stderr": float(change[p].std(ddof=1) / math.sqrt(len(p))) if len(p) > 1 else None} for p in parts]}
+                      "stderr": float(change[p].std(ddof=1) / math.sqrt(len(p))) if len(p) > 1 else None}
+                     for p in parts if len(p)]}
 
 
 def margins(args) -> dict:
@@ -623,32 +666,32 @@ def margins(args) -> dict:
     if torch.distributed.get_rank():
         return {}
     folder = Path(args.output or "runs/evaluate/margins")
-    result = margin_summary(before, after)
+    plot, s = Path(args.plot or folder / "margins.png"), margin_summary(before, after)
     folder.mkdir(parents=True, exist_ok=True)
-    sft.write_rows(folder / "margins.jsonl", [{"before": float(b), "after": float(a)} for b, a in zip(before, after)])
-    plot = Path(args.plot or folder / "margins.png")
+    rows = [{"before": b, "after": a} for b, a in zip(before.tolist(), after.tolist())]
+    sft.write_rows(folder / "margins.jsonl", rows)
     figure, ax = new_figure()
     ax.axhline(0, color="0.7", lw=1)
     ax.axvline(0, color="0.7", lw=1)
     ax.plot(before, after - before, ".", ms=4, alpha=0.35, color="#4477aa", label=f"{len(before)} held-out pairs")
-    x = [b["before"] for b in result["bins"]]
-    ax.errorbar(x, [b["change"] for b in result["bins"]], [b["stderr"] or 0 for b in result["bins"]], fmt="o", color="#222222", ms=5,
-                label="means of bins, one standard error")
-    if result["fit"]:
-        c, grid = result["fit"]["coefficients"], np.linspace(before.min(), before.max(), 200)
-        ax.plot(grid, c[0] + c[1] * grid + c[2] * grid ** 2, ":", color="#cc3311", lw=2, label=f"{c[0]:.3g} {c[1]:+.3g} m {c[2]:+.3g} m²")
-    ax.set(xlabel=f"margin before, log π(y_w|x) − log π(y_l|x) (nats): {args.before}", ylabel=f"change of margin (nats): {args.after}",
-           title=f"accuracy {result['accuracy_before']:.3f} → {result['accuracy_after']:.3f}; {result['to_right']} pairs to right, "
-                 f"{result['to_wrong']} to wrong")
+    x, y, error = zip(*((b["before"], b["change"], b["stderr"] or 0) for b in s["bins"]))
+    ax.errorbar(x, y, error, fmt="o", color="#222222", ms=5, label="means of bins, one standard error")
+    if s["fit"]:
+        c, grid = s["fit"]["coefficients"], np.linspace(before.min(), before.max(), 200)
+        ax.plot(grid, c[0] + c[1] * grid + c[2] * grid ** 2, ":", color="#cc3311", lw=2,
+                label=f"{c[0]:.3g} {c[1]:+.3g} m {c[2]:+.3g} m²")
+    ax.set(xlabel=f"margin before, log π(y_w|x) − log π(y_l|x) (nats): {args.before}",
+           ylabel=f"change of margin (nats): {args.after}", title=f"accuracy {s['accuracy_before']:.3f} → "
+           f"{s['accuracy_after']:.3f}; {s['to_right']} pairs to right, {s['to_wrong']} to wrong")
     ax.legend()
     save_figure(figure, plot)
-    return finish(args, folder, {"before": args.before, "after": args.after, "data": key, **result, "plot": str(plot)})
+    return finish(args, folder, {"before": args.before, "after": args.after, "data": key, **s, "plot": str(plot)})
 
 
 # ------------------------------------------------------------------------------------------ runs in a row
 def read_run(folder: str) -> dict:
-    """run.json of a finished run, with "name", "folder" (of the last iteration's model for online_dpo.py) and "right":
-    correctness by prompt from samples.jsonl."""
+    """run.json of a finished run, with "name", "folder" (of the last iteration's model for online_dpo.py), "samples"
+    and "right", their correctness by prompt."""
     path = Path(folder) / "run.json"
     run = json.loads(path.read_text()) if path.is_file() else {}
     if not run.get("result"):
@@ -656,87 +699,98 @@ def read_run(folder: str) -> dict:
             f"; run python {Path(folder).name.replace('-', '_')}.py first" if folder in STAGES else ""))
     last = Path(folder) / Path(run["result"].get("output", folder)).name
     last = last if run["stage"] == "online-dpo" and last.is_dir() else Path(folder)
-    samples = last / "samples.jsonl"
-    rows = [json.loads(x) for x in samples.read_text().splitlines()] if samples.is_file() else []
-    return run | {"name": name_of(folder), "folder": last, "samples": rows,
-                  "right": {json.dumps(r["prompt"]): float(r["correct"]) for r in rows}}
+    rows = [r for _, r in data.read_lines(str(last / "samples.jsonl"))] if (last / "samples.jsonl").is_file() else []
+    return run | {"name": name_of(folder), "folder": last, "size": run["result"].get("pairs") or run.get("rows"),
+                  "samples": rows, "right": {json.dumps(r["prompt"]): float(r["correct"]) for r in rows}}
+
+
+def evaluations(run: dict) -> list[str]:
+    """What `curve --y` and `report --score` can name: numbers of run.json's result, and folders of evaluations."""
+    return sorted([k for k, v in run["result"].items() if isinstance(v, (int, float))] +
+                  [p.parent.name for p in run["folder"].glob("evaluate/*/result.json")])
 
 
 def score_of(run: dict, name: str, flag: str) -> dict:
     """{"score", "low", "high"} of a run: evaluate/NAME/result.json beside its model, or NAME in run.json's result."""
+    if name not in evaluations(run):
+        raise ValueError(f"{flag} {name}: {run['name']} has no such score; it has {', '.join(evaluations(run))}")
     path = run["folder"] / "evaluate" / name / "result.json"
     if path.is_file():
-        made = json.loads(path.read_text())
-        return {k: made.get(k) for k in ("score", "low", "high")}
-    value = run["result"].get(name)
-    if not isinstance(value, (int, float)):
-        there = sorted([k for k, v in run["result"].items() if isinstance(v, (int, float))] +
-                       [p.parent.name for p in run["folder"].glob("evaluate/*/result.json")])
-        raise ValueError(f"{flag} {name}: {run['name']} has no such score; it has {', '.join(there)}")
+        return {k: json.loads(path.read_text()).get(k) for k in ("score", "low", "high")}
     low, high = bootstrap(list(run["right"].values())) if name == "exact_match" else (None, None)
-    return {"score": value, "low": low, "high": high}
+    return {"score": run["result"][name], "low": low, "high": high}
 
 
-def size_of(run: dict) -> int:
-    return run["result"].get("pairs") or run.get("rows")
+def table(head: list, rows: list[list]) -> str:
+    plain = lambda v: str(v).replace("|", "\\|").replace("\n", " ")
+    show = lambda v: "-" if v is None else f"{v:.4g}" if isinstance(v, float) else plain(v)
+    return "\n".join("| " + " | ".join(map(show, r)) + " |" for r in (head, ["---"] * len(head), *rows)) + "\n"
 
 
 def stages(args) -> dict:
-    """The demo's stages, or RUNS: exact match, win rate against the stage before, margins on held-out pairs."""
+    """The demo's stages, or RUNS: exact match, win rate over the stage before, margins on held-out pairs."""
     runs = [read_run(r) for r in args.runs]
     made, _ = pair_margins(args, [str(r["folder"]) for r in runs])
     if torch.distributed.get_rank():
         return {}
-    table, out = ["| stage | exact match | win rate over the stage before | margin (nats) | pairs right | to right, to wrong |", "|" + "---|" * 6], []
-    show = lambda r, k, scale=1, form=".1f": f"{scale * r[k]:{form}} ({scale * r[k + '_low']:{form}} .. {scale * r[k + '_high']:{form}})" \
-        if r.get(k) is not None else "-"
+    out, lines = [], []
     for i, (run, m) in enumerate(zip(runs, made)):
-        right = run["right"]
-        low, high = bootstrap(list(right.values()), 10_000)
-        row = {"name": run["name"], "exact_match": float(np.mean(list(right.values()))) if right else None, "exact_match_low": low,
-               "exact_match_high": high, "prompts": len(right), "win_rate": None, "margin": float(m.mean()), "accuracy": float((m > 0).mean())}
-        if i:
+        right, wins, flips = run["right"], [], {}
+        if i:                                               # right and wrong: 1; both alike: a half
             before, s = runs[i - 1]["right"], margin_summary(made[i - 1], m)
-            wins = [(1 + right[k] - before[k]) / 2 for k in right if k in before]     # right and wrong: 1; both alike: a half
-            low, high = bootstrap(wins, 10_000)
-            row |= {"win_rate": win_rate(wins), "win_rate_low": low, "win_rate_high": high, "paired_prompts": len(wins),
-                    "to_right": s["to_right"], "to_wrong": s["to_wrong"]}
+            wins = [(1 + right[k] - before[k]) / 2 for k in right if k in before]
+            flips = {k: s[k] for k in ("to_right", "to_wrong")}
+        row = {"name": run["name"], "exact_match": win_rate(list(right.values())), "prompts": len(right),
+               "win_rate": win_rate(wins), "paired_prompts": len(wins), "margin": float(m.mean()),
+               "accuracy": float((m > 0).mean()), **flips}
+        for k, values in (("exact_match", list(right.values())), ("win_rate", wins)):
+            row[k + "_low"], row[k + "_high"] = bootstrap(values, 10_000)
         out.append(row)
-        table.append(f"| {row['name']} | {show(row, 'exact_match', 100)} | {show(row, 'win_rate', 100)} | {row['margin']:.3f} | "
-                     f"{100 * row['accuracy']:.1f} | " + (f"{row['to_right']}, {row['to_wrong']} |" if i else "- |"))
-    print("\n".join(table) + f"\n\nPercent, 95% bootstrap intervals over {len(runs[0]['right'])} prompts (paired for win rates); margins on "
+        show = lambda k: None if row[k] is None else "{:.1f} ({:.1f} .. {:.1f})".format(
+            *(100 * row[k + end] for end in ("", "_low", "_high")))
+        lines.append([row["name"], show("exact_match"), show("win_rate"), f"{m.mean():.3f}",
+                      f"{100 * row['accuracy']:.1f}", ", ".join(map(str, flips.values())) or None])
+    print(table(["stage", "exact match", "win rate over the stage before", "margin (nats)", "pairs right",
+                 "to right, to wrong"], lines))
+    print(f"Percent, 95% bootstrap intervals over {len(runs[0]['right'])} prompts (paired for win rates); margins on "
           f"{len(made[0])} pairs of {' '.join(args.data)}.", flush=True)
     return {"stages": out, "data": args.data}
 
 
 def curve(args) -> dict:
-    """Score over steps (log), one line a data size with its dotted degree-2 fit and vertex: the paper's scaling figure."""
-    points, unit = {}, {"steps": "optimiser steps", "tokens": "tokens", "flops": "FLOPs"}[args.x]
+    """Score over steps (log), a line a data size with its degree-2 fit and vertex: the paper's scaling figure."""
+    sizes, lines = {}, {}
     for run in map(read_run, args.runs):
-        noun = "documents" if run["stage"] == "sft" else "pairs"
-        points.setdefault(size_of(run), []).append({"run": run["name"], "x": run["result"]["cumulative"][args.x], **score_of(run, args.y, "--y")})
+        sizes.setdefault(run["size"], []).append({
+            "run": run["name"], "x": run["result"]["cumulative"][args.x], **score_of(run, args.y, "--y")})
+    noun = "documents" if run["stage"] == "sft" else "pairs"
     figure, ax = new_figure()
-    lines = {}
-    for colour, (n, row) in zip(["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb"] * 9, sorted(points.items())):
-        row.sort(key=lambda p: p["x"])
-        x, y = np.array([p["x"] for p in row], dtype=float), np.array([p["score"] for p in row])
-        error = [[s - p["low"], p["high"] - s] if p["low"] is not None else [0, 0] for p, s in zip(row, y)]
-        ax.errorbar(x, y, np.array(error).T, fmt="o", ms=5, color=colour, lw=0.8, elinewidth=0.5,
-                    capsize=2, label=f"{n:,} {noun}")
-        lines[str(n)] = {"points": row}
-        if len(set(x.tolist())) >= 3:
-            fit, grid = quadratic_fit(np.log(x), y), np.linspace(np.log(x).min(), np.log(x).max(), 200)
-            top = lambda k: None if fit[k] is None or abs(fit[k]) > 700 else math.exp(fit[k])
-            lines[str(n)] |= {"fit": fit, "saturation": top("vertex") if fit["maximum"] else None,
-                              "saturation_low": top("vertex_low") if fit["maximum"] else None,
-                              "saturation_high": top("vertex_high") if fit["maximum"] else None}
-            c = fit["coefficients"]
-            at = lambda g: c[0] + c[1] * g + c[2] * g ** 2
-            ax.plot(np.exp(grid), at(grid), ":", color=colour, lw=2)
-            if fit["maximum"] and grid[0] <= fit["vertex"] <= grid[-1]:
-                ax.plot(top("vertex"), at(fit["vertex"]), "*", ms=14, color=colour)
-    ax.set(xscale="log", xlabel=unit, ylabel=args.y.replace("_", " "), title="dotted: degree-2 fit over the logarithm; star: its vertex")
-    ticks = sorted({p["x"] for row in points.values() for p in row})
+    colours = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb"]
+    for i, (size, points) in enumerate(sorted(sizes.items())):
+        points.sort(key=lambda p: p["x"])
+        x, y = (np.array([p[k] for p in points], dtype=np.float64) for k in ("x", "score"))
+        error = [[p["score"] - p["low"], p["high"] - p["score"]] if p["low"] is not None else [0, 0] for p in points]
+        ax.errorbar(x, y, np.array(error).T, fmt="o", ms=5, color=colours[i % 7], elinewidth=0.5, capsize=2,
+                    label=f"{size:,} {noun}")
+        line = lines[str(size)] = {"points": points}
+        if len(set(x.tolist())) < 3:
+            continue
+        fit = line["fit"] = quadratic_fit(np.log(x), y)
+        for k, end in (("vertex", ""), ("vertex_low", "_low"), ("vertex_high", "_high")):   # of a maximum, in steps
+            known = fit["maximum"] and fit[k] is not None and abs(fit[k]) < 100
+            line["saturation" + end] = math.exp(fit[k]) if known else None
+        c, grid = fit["coefficients"], np.linspace(np.log(x).min(), np.log(x).max(), 200)
+        at = lambda g: c[0] + c[1] * g + c[2] * g ** 2
+        ax.plot(np.exp(grid), at(grid), ":", color=colours[i % 7], lw=2)
+        if line["saturation"] and grid[0] <= fit["vertex"] <= grid[-1]:
+            ax.plot(line["saturation"], at(fit["vertex"]), "*", ms=14, color=colours[i % 7])
+        if line["saturation"]:
+            low, high = line["saturation_low"], line["saturation_high"]
+            print(f"{size} {noun}: saturation at {line['saturation']:.4g} {args.x}, 95% interval " + (
+                f"{low:.4g} .. {high:.4g}" if low and high else "unbounded"), file=sys.stderr)
+    ax.set(xscale="log", xlabel={"steps": "optimiser steps", "tokens": "tokens", "flops": "FLOPs"}[args.x],
+           ylabel=args.y.replace("_", " "), title="dotted: degree-2 fit over the logarithm; star: its vertex")
+    ticks = sorted({p["x"] for points in sizes.values() for p in points})
     if len(ticks) <= 12:
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
@@ -744,52 +798,50 @@ def curve(args) -> dict:
     folder = Path(args.output or "runs/evaluate/curve")
     plot = Path(args.plot or folder / "curve.png")
     save_figure(figure, plot)
-    for n, line in lines.items():
-        if line.get("saturation"):
-            low, high = line["saturation_low"], line["saturation_high"]
-            print(f"{n}: saturation at {line['saturation']:.4g} {args.x}, 95% interval " + (f"{low:.4g} .. {high:.4g}" if low else "unbounded"),
-                  file=sys.stderr)
     return finish(args, folder, {"x": args.x, "y": args.y, "lines": lines, "plot": str(plot)})
 
 
 def report(args) -> dict:
-    """One Markdown page of all runs: flags that differ, scores, held-out metrics with their rank correlation, curves, answers."""
+    """One Markdown page of all runs: flags that differ, scores, held-out figures, rank correlation, answers."""
     runs, folder = [read_run(r) for r in args.runs], Path(args.output or "runs/evaluate/report")
-    folder.mkdir(parents=True, exist_ok=True)
-    show = lambda v: "-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v).replace("|", "\\|").replace("\n", " ")
-    table = lambda head, rows: "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head)] +
-                                         ["| " + " | ".join(map(show, r)) + " |" for r in rows]) + "\n"
-    flags = sorted(k for k in {k for r in runs for k in r["flags"]} - {"output", "cache_dir", "local_rank", "overwrite"}
-                   if len({json.dumps(r["flags"].get(k)) for r in runs}) > 1)
-    names = args.score or sorted({p.parent.name for r in runs for p in r["folder"].glob("evaluate/*/result.json")
-                                  if json.loads(p.read_text()).get("score") is not None} |
-                                 ({"exact_match"} if any(r["result"].get("exact_match") is not None for r in runs) else set()))
-    scores = {n: [score_of(r, n, "--score") if args.score or (r["folder"] / "evaluate" / n / "result.json").is_file() or r["result"].get(n) is not None
-                  else dict.fromkeys(("score", "low", "high")) for r in runs] for n in names}
-    held = [k for k in ("eval_loss", "eval_margin", "eval_accuracy") if any(r["result"].get(k) is not None for r in runs)]
-    interval = lambda s: show(s["score"]) + (f" ({show(s['low'])} .. {show(s['high'])})" if s["low"] is not None else "")
-    correlations, tuned = {}, any(r["stage"] != "sft" for r in runs)    # SFT's loss is of another kind: not with DPO's
+    tuned = [r for r in runs if r["stage"] != "sft"] or runs        # SFT's loss is of another kind: not beside DPO's
+    known = {k for r in runs for k in r["flags"]} - {"output", "cache_dir", "local_rank", "overwrite"}
+    differ = sorted(k for k in known if len({json.dumps(r["flags"].get(k)) for r in runs}) > 1)
+    names = args.score or sorted({n for r in runs for n in evaluations(r) if n == "exact_match" or
+                                  (r["folder"] / "evaluate" / n).is_dir() and score_of(r, n, "")["score"] is not None})
+    no_score = dict.fromkeys(("score", "low", "high"))
+    scores = {n: {r["name"]: score_of(r, n, "--score") if args.score or n in evaluations(r) else no_score for r in runs}
+              for n in names}
+    held = [k for k in ("eval_loss", "eval_margin", "eval_accuracy") if any(k in evaluations(r) for r in runs)]
+    correlations = {}
     for k in held:
         for n in names:
-            both = [(r["result"][k], s["score"]) for r, s in zip(runs, scores[n]) if r["result"].get(k) is not None
-                    and s["score"] is not None and not (tuned and r["stage"] == "sft")]
+            both = [(r["result"][k], scores[n][r["name"]]["score"]) for r in tuned if k in evaluations(r)]
+            both = [(k, s) for k, s in both if s is not None]
             correlations[f"{k} with {n}"] = rank_correlation(*zip(*both)) if both else None
-    sft.plot_curves(folder / "curves.png", {r["name"]: [json.loads(x) for x in (r["folder"] / "metrics.jsonl").read_text().splitlines()]
-                                            for r in runs}, dpo.CURVES if tuned else sft.CURVES)
-    shared = [k for k in runs[0]["right"] if all(k in r["right"] for r in runs)][:args.samples]
-    answers = [[next(s for s in r["samples"] if json.dumps(s["prompt"]) == k) for r in runs] for k in shared]
-    page = ["# Runs", table(["run", "stage", "data", *(f"--{f.replace('_', '-')}" for f in flags)], [
-                [r["name"], r["stage"], size_of(r), *(r["flags"].get(f) for f in flags)] for r in runs]),
-            "Scores with 95% intervals, and figures on held-out pairs:\n", table(["run", *names, *held], [
-                [r["name"], *(interval(scores[n][i]) for n in names), *(r["result"].get(k) for k in held)] for i, r in enumerate(runs)]),
-            "Rank correlation (Spearman) over runs; the paper finds that these figures do not follow the score:\n",
-            table(["", *names], [[k, *(correlations[f"{k} with {n}"] for n in names)] for k in held]), "![curves](curves.png)\n",
-            "Answers to the same prompts (* correct):\n", table(["prompt", "reference", *(r["name"] for r in runs)], [
-                [row[0]["prompt"][-1]["content"], row[0]["reference"], *(s["answer"] + " *" * s["correct"] for s in row)] for row in answers])]
-    (folder / "report.md").write_text("\n".join(page))
-    print("\n".join(page), file=sys.stderr)
-    return finish(args, folder, {"runs": args.runs, "scores": {n: dict(zip([r["name"] for r in runs], s)) for n, s in scores.items()},
-                                 "rank_correlation": correlations, "page": str(folder / "report.md")})
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = {r["name"]: [m for _, m in data.read_lines(str(r["folder"] / "metrics.jsonl"))] for r in runs}
+    sft.plot_curves(folder / "curves.png", steps, sft.CURVES if tuned[0]["stage"] == "sft" else dpo.CURVES)
+    cell = lambda s: None if s["score"] is None else f"{s['score']:.4g}" + (
+        f" ({s['low']:.4g} .. {s['high']:.4g})" if s["low"] is not None else "")
+    said = [{json.dumps(s["prompt"]): s for s in r["samples"]} for r in runs]
+    shared = [k for k in said[0] if all(k in s for s in said)][:args.samples]
+    page = "\n".join([
+        "# Runs", table(["run", "stage", "data", *("--" + f.replace("_", "-") for f in differ)], [
+            [r["name"], r["stage"], r["size"], *(r["flags"].get(f) for f in differ)] for r in runs]),
+        "Scores with 95% intervals, and figures on held-out pairs:\n", table(["run", *names, *held], [
+            [r["name"], *(cell(scores[n][r["name"]]) for n in names), *(r["result"].get(k) for k in held)]
+            for r in runs]),
+        "Rank correlation (Spearman) over runs; the paper finds that these figures do not follow the score:\n",
+        table(["", *names], [[k, *(correlations[f"{k} with {n}"] for n in names)] for k in held]),
+        "![curves](curves.png)\n",
+        "Answers to the same prompts (* correct):\n", table(["prompt", "reference", *(r["name"] for r in runs)], [
+            [said[0][k]["prompt"][-1]["content"], said[0][k]["reference"],
+             *(s[k]["answer"] + " *" * s[k]["correct"] for s in said)] for k in shared])])
+    (folder / "report.md").write_text(page)
+    print(page, file=sys.stderr)
+    return finish(args, folder, {"runs": args.runs, "scores": scores, "rank_correlation": correlations,
+                                 "page": str(folder / "report.md")})
 
 
 # ------------------------------------------------------------------------------------ other people's harnesses
@@ -804,48 +856,50 @@ def needs(package: str, pinned: str):
 
 def openllm(args) -> dict:
     """Open LLM Leaderboard v1 by lm-evaluation-harness: six tasks with their shots and metrics, and their average."""
-    lm_eval = needs("lm_eval", '"lm-eval[hf]==0.4.13"')
-    needs("accelerate", '"lm-eval[hf]==0.4.13"')
+    lm_eval, _ = (needs(package, '"lm-eval[hf]==0.4.13"') for package in ("lm_eval", "accelerate"))
     from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
-    folder = output_folder(args, "openllm")
-    wanted = {}
+    folder, wanted, tasks = output_folder(args, "openllm"), {}, {}
     for text in args.tasks or [f"{t}:{shots}:{metric}" for t, (shots, metric) in OPENLLM.items()]:
         name, shots, metric = (text.split(":") + ["", ""])[:3]
         if shots and not shots.isdigit():
             raise ValueError(f"--tasks {text}: NAME[:SHOTS[:METRIC]], SHOTS a number")
         wanted[name] = (int(shots) if shots else None, metric)
-    manager = TaskManager(include_path=args.include_path)
-    settings = f"pretrained={args.model},dtype={'float32' if args.dtype == 'fp32' else 'bfloat16'}" + (f",{args.model_args}" if args.model_args else "")
-    model = get_model(args.engine).create_from_arg_string(settings, 
-        {"batch_size": args.batch_size, "device": "cuda" if torch.cuda.is_available() else "cpu"} if args.engine == "hf" else {})
-    decides = [dpo.weights_hash(args.model), settings, args.engine, args.limit, args.apply_chat_template, lm_eval.__version__]
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[args.dtype]
+    settings = f"pretrained={args.model},dtype={dtype}" + (f",{args.model_args}" if args.model_args else "")
+    model = get_model(args.engine).create_from_arg_string(settings, {} if args.engine == "vllm" else {
+        "batch_size": args.batch_size, "device": "cuda" if torch.cuda.is_available() else "cpu"})
+    decides = [dpo.weights_hash(args.model), settings, args.engine, args.limit, args.apply_chat_template,
+               lm_eval.__version__]
     folder.mkdir(parents=True, exist_ok=True)
     online_dpo.cut_torn_lines(folder, "tasks-*.jsonl")
     known = {r["key"]: r["values"] for r in online_dpo.read_growing(folder, "tasks-*.jsonl")}
-    tasks = {}
+    manager = TaskManager(include_path=args.include_path)
     for name, (shots, metric) in wanted.items():
-        key = digest([*decides, name, shots, [data.fingerprint(data.parse_source(str(p))) for p in sorted(Path(args.include_path).rglob("*.*"))
-                                              if data.local_kind(str(p))] if args.include_path else None])
-        if key not in known:
-            made = lm_eval.simple_evaluate(model=model, tasks=[name], num_fewshot=shots, limit=args.limit, task_manager=manager,
-                                           apply_chat_template=args.apply_chat_template, log_samples=False)
+        key = digest([*decides, name, shots])
+        if key not in known or args.include_path:           # task files of one's own may have changed: scored anew
+            made = lm_eval.simple_evaluate(model=model, tasks=[name], num_fewshot=shots, limit=args.limit,
+                                           task_manager=manager, apply_chat_template=args.apply_chat_template,
+                                           log_samples=False)
             if made is None:                                # ranks above 0 of `accelerate launch`
                 continue
             known[key] = {k: v for k, v in made["results"][name].items() if isinstance(v, (int, float))}
             with open(folder / "tasks-0.jsonl", "a") as file:
                 file.write(json.dumps({"key": key, "task": name, "values": known[key]}) + "\n")
-        metric = metric or next(k for k in known[key] if "_stderr" not in k and "," in k)
-        if metric not in known[key]:
-            raise ValueError(f"--tasks {name}: no metric {metric}; it has {', '.join(known[key])}")
-        error = known[key].get(metric.replace(",", "_stderr,"))
-        tasks[name] = {"score": 100 * known[key][metric], "metric": metric, "shots": shots, "stderr": 100 * error if error is not None else None}
+        values = known[key]
+        metric = metric or next(k for k in values if "_stderr" not in k and "," in k)
+        if metric not in values:
+            raise ValueError(f"--tasks {name}: no metric {metric}; it has {', '.join(values)}")
+        error = values.get(metric.replace(",", "_stderr,"))
+        tasks[name] = {"score": 100 * values[metric], "stderr": None if error is None else 100 * error,
+                       "metric": metric, "shots": shots}
         print(f"{name} ({shots} shots, {metric}): {tasks[name]['score']:.2f}", file=sys.stderr)
     if len(tasks) < len(wanted):
         return {}
     return finish(args, folder, {
-        "benchmark": "openllm-v1" if not args.tasks else "openllm", "model": args.model, "score": float(np.mean([t["score"] for t in tasks.values()])),
-        "low": None, "high": None, "tasks": tasks, "chat_template": args.apply_chat_template, "limit": args.limit, "lm_eval": lm_eval.__version__})
+        "benchmark": "openllm" if args.tasks else "openllm-v1", "model": args.model, "tasks": tasks,
+        "score": float(np.mean([t["score"] for t in tasks.values()])), "low": None, "high": None,
+        "chat_template": args.apply_chat_template, "limit": args.limit, "lm_eval": lm_eval.__version__})
 
 
 def alpaca_eval(args) -> dict:
@@ -854,71 +908,77 @@ def alpaca_eval(args) -> dict:
     folder, questions = output_folder(args, "alpaca-eval"), read_questions(args)
     answers = candidate_answers(args, folder, questions, lambda q: args.temperature)
     name = (args.model or Path(args.answers).name).rstrip("/").replace("/", "--")
-    outputs = [{"instruction": q["turns"][0], "output": answers[q["id"]][0], "generator": name, "dataset": q["category"]} for q in questions]
+    outputs = [{"instruction": q["turns"][0], "output": answers[q["id"]][0], "generator": name,
+                "dataset": q["category"]} for q in questions]
     folder.mkdir(parents=True, exist_ok=True)
     sft.write_json(folder / "outputs.json", outputs)
-    wanted = {q["turns"][0] for q in questions}
-    reference = [r for _, r in read_rows(args.reference_outputs or args.questions, "--reference-outputs") if r["instruction"] in wanted]
-    if [r["instruction"] for r in reference] != [o["instruction"] for o in outputs] or not all("output" in r for r in reference):
-        raise ValueError(f"--reference-outputs {args.reference_outputs or args.questions}: needs one output to each instruction, in their order")
+    given, wanted = args.reference_outputs or args.questions, {o["instruction"] for o in outputs}
+    reference = [r for _, r in read_rows(given, "--reference-outputs") if r["instruction"] in wanted]
+    same = [r["instruction"] for r in reference] == [o["instruction"] for o in outputs]
+    if not same or any("output" not in r for r in reference):
+        raise ValueError(f"--reference-outputs {given}: needs one output to each instruction of --questions, in order")
     if args.judge_url:
         os.environ["OPENAI_BASE_URL"] = args.judge_url      # the way its OpenAI client takes an endpoint
+    controlled = args.length_controlled
     board, annotations = package.evaluate(
-        model_outputs=outputs, reference_outputs=reference, annotators_config=args.annotator, name=name, output_path=str(folder),
-        is_return_instead_of_print=True, precomputed_leaderboard=None, is_cache_leaderboard=False,
-        caching_path=str(folder / "annotations-cache.json"),
-        fn_metric="get_length_controlled_winrate" if args.length_controlled else "get_winrate",
-        metric_kwargs={"save_weights_dir": None} if args.length_controlled else {},
-        sort_by="length_controlled_winrate" if args.length_controlled else "win_rate")
+        model_outputs=outputs, reference_outputs=reference, annotators_config=args.annotator, name=name,
+        output_path=str(folder), caching_path=str(folder / "annotations-cache.json"), is_return_instead_of_print=True,
+        precomputed_leaderboard=None, is_cache_leaderboard=False,
+        fn_metric="get_length_controlled_winrate" if controlled else "get_winrate",
+        metric_kwargs={"save_weights_dir": None} if controlled else {},
+        sort_by="length_controlled_winrate" if controlled else "win_rate")
     row = {k: v.item() if hasattr(v, "item") else v for k, v in board.loc[name].to_dict().items()}
-    unparsed = sum(a.get("preference") is None or a["preference"] != a["preference"] for a in annotations)
+    import importlib.metadata
     return finish(args, folder, {
-        "benchmark": "alpaca-eval-2", "model": args.model or args.answers, "judge": args.annotator, "baseline": reference[0].get("generator"),
-        "parse": args.annotator, "temperature": args.temperature, "template": None, "unparsed": unparsed, "questions": len(questions),
-        "score": row.get("length_controlled_winrate", row["win_rate"]), "low": None, "high": None, "win_rate": row["win_rate"],
-        "length_controlled_win_rate": row.get("length_controlled_winrate"), "standard_error": row.get("standard_error"),
-        "alpaca_eval": package.__version__ if hasattr(package, "__version__") else None, "outputs": str(folder / "outputs.json")})
+        "benchmark": "alpaca-eval-2", "model": args.model or args.answers, "judge": args.annotator,
+        "parse": args.annotator, "baseline": reference[0].get("generator"), "template": args.annotator,
+        "questions": len(questions),
+        "unparsed": sum(a.get("preference") is None or a["preference"] != a["preference"] for a in annotations),
+        "score": row.get("length_controlled_winrate", row["win_rate"]), "low": None, "high": None,
+        "win_rate": row["win_rate"], "length_controlled_win_rate": row.get("length_controlled_winrate"),
+        "standard_error": row.get("standard_error"), "alpaca_eval": importlib.metadata.version("alpaca_eval")})
 
 
 # -------------------------------------------------------------------------------------------------- main
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
     commands = p.add_subparsers(dest="command", metavar="COMMAND")
 
-    def command(name, run, *groups, **defaults):
-        c = commands.add_parser(name, help=(run.__doc__ or "").splitlines()[0], description=run.__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    def command(run, *groups, **defaults):
+        c = commands.add_parser(run.__name__.replace("_", "-"), help=run.__doc__.splitlines()[0],
+                                description=run.__doc__, allow_abbrev=False)
         c.set_defaults(run=run, **defaults)
         for group in groups:
             group(c.add_argument)
         return c.add_argument
-    for name, run in (("arena-hard", arena_hard), ("mt-bench", mt_bench)):
-        add = command(name, run, model_flags, sampling_flags, judge_flags)
+    data_set = dict(nargs="+", metavar="DATA", help="NAME[:split][=fraction], several")
+    runs = dict(metavar="RUNS", help="folders of finished runs")
+
+    for run, draws in ((arena_hard, 100), (mt_bench, 1000)):
+        add = command(run, model_flags, sampling_flags, judge_flags)
         add("--questions", help="FILE or hf:..; None: the benchmark's Hub data")
         add("--templates", help="the benchmark's own judge templates, FILE or hf:..")
-        add("--limit", type=int, help="first N questions; None: all")
+        add("--bootstrap", type=int, default=draws, help="resamples of the interval")
         if run is arena_hard:
-            add("--variant", choices=list(VARIANTS), default="v0.1", help="star: the paper's judge and baseline for studies")
-            add("--parse", choices=["2024", "2025"], default="2024", help="2024: all labels agree; 2025: the last one")
+            add("--variant", choices=list(VARIANTS), default="v0.1", help="star: the paper's, for studies")
+            add("--parse", choices=["2024", "2025"], default="2024", help="2024: all labels agree; 2025: the last")
             add("--baseline", help="its name; None: the variant's")
             add("--baseline-answers", help="FILE or hf:..; None: the benchmark's Hub data")
         else:
-            add("--references", default=MT_BENCH + "mt_bench/reference_answer/gpt-4.jsonl", help="reference answers, FILE or hf:..")
-        add("--bootstrap", type=int, default=100, help="resamples of the interval")
+            add("--references", default=MT_BENCH + "mt_bench/reference_answer/gpt-4.jsonl", help="FILE or hf:..")
 
-    add = command("alpaca-eval", alpaca_eval, model_flags, sampling_flags, request_flags, dry_run=False)
-    add("--questions", help="instructions, and the baseline's outputs; None: the benchmark's Hub data")
+    add = command(alpaca_eval, model_flags, sampling_flags, request_flags, dry_run=False)
+    add("--questions", help="instructions, with the baseline's outputs; None: the benchmark's Hub data")
     add("--reference-outputs", help="the baseline's outputs, FILE or hf:..; None: those of --questions")
-    add("--limit", type=int, help="first N instructions; None: all")
     add("--temperature", type=float, default=0.0, help="of the answers; 0: greedy")
     add("--annotator", default="weighted_alpaca_eval_gpt4_turbo", help="a config of the package, by name or folder")
-    add("--base-url", "--judge-url", dest="judge_url", metavar="URL", help="the annotator's endpoint; None: OpenAI's")
-    add("--length-controlled", action=argparse.BooleanOptionalAction, default=True, help="needs the benchmark's own data from the Hub")
+    add("--length-controlled", action=argparse.BooleanOptionalAction, default=True, help="needs the Hub's data")
 
-    add = command("openllm", openllm)
+    add = command(openllm)
     add("model", metavar="MODEL", help="folder or Hub id")
-    add("--engine", choices=["hf", "vllm"], default="hf", help="several GPUs: `accelerate launch evaluate.py openllm` (hf), "
-        "--model-args tensor_parallel_size=N or data_parallel_size=N (vllm)")
+    add("--engine", choices=["hf", "vllm"], default="hf", help="several GPUs: `accelerate launch evaluate.py openllm` "
+        "(hf), --model-args tensor_parallel_size=N or data_parallel_size=N (vllm)")
     add("--tasks", nargs="+", help="NAME[:SHOTS[:METRIC]] of lm-evaluation-harness; None: the leaderboard's six")
     add("--include-path", help="a folder of further task files")
     add("--limit", type=int, help="first N examples of a task; None: all")
@@ -928,58 +988,39 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["fp32", "bf16"], help="None: bf16 on GPU")
     add("--output", help="folder; None: MODEL/evaluate/openllm")
 
-    add = command("judge", judge, sampling_flags, judge_flags, empty_system=0.0)
+    add = command(judge, sampling_flags, judge_flags, data_flags, empty_system=0.0)
     add("runs", nargs="+", metavar="RUNS", help="folders or Hub ids")
-    add("--data", nargs="+", default=["demo:test"], help="prompts, NAME[:split][=fraction], several")
-    add("--limit", type=int, help="first N prompts; None: all")
+    add("--data", default=["demo:test"], **data_set)
     add("--temperature", type=float, default=0.0, help="of the answers; 0: greedy")
-    add("--judge-template", help="llm judge: a file with {prompt}, {answer_a}, {answer_b} that asks for [[A]], [[B]] or [[C]]")
+    add("--judge-template", help="llm judge: a file with {prompt}, {answer_a}, {answer_b}: [[A]], [[B]], [[C]]")
     add("--judge-tokens", type=int, default=16384, help="tokens a judge's batch, with padding")
     add("--bootstrap", type=int, default=1000, help="resamples of the interval")
     add("--output", help="folder; None: runs/evaluate/judge")
-    data_flags(add)
 
-    add = command("margins", margins)
+    add = command(margins, data_flags, pair_flags)
     add("before", metavar="BEFORE", help="folder or Hub id")
     add("after", metavar="AFTER", help="folder or Hub id")
-    add("--data", nargs="+", default=["demo-pairs:test"], help="preference pairs, NAME[:split][=fraction], several")
     add("--output", help="folder; None: runs/evaluate/margins")
     add("--plot", help="picture; None: margins.png in the folder")
-    pair_flags(add)
+    add("--data", default=["demo-pairs:test"], **data_set)
 
-    add = command("stages", stages)
-    add("runs", nargs="*", metavar="RUNS", default=STAGES, help="folders; None: the demo's three")
-    add("--data", nargs="+", default=["demo-pairs:test"], help="preference pairs that margins are taken on")
-    pair_flags(add)
+    add = command(stages, data_flags, pair_flags)
+    add("runs", nargs="*", default=STAGES, **runs)
+    add("--data", default=["demo-pairs:test"], **data_set)
 
-    add = command("curve", curve)
-    add("runs", nargs="+", metavar="RUNS", help="folders of finished runs")
-    add("--x", choices=["steps", "tokens", "flops"], default="steps", help="cumulative, with those of runs trained further")
-    add("--y", default="exact_match", help="a number of run.json's result, or an evaluation's folder name, like arena-hard")
+    add = command(curve)
+    add("runs", nargs="+", **runs)
+    add("--x", choices=["steps", "tokens", "flops"], default="steps", help="cumulative over runs trained further")
+    add("--y", default="exact_match", help="a number of run.json's result, or an evaluation's folder, like arena-hard")
     add("--output", help="folder; None: runs/evaluate/curve")
     add("--plot", help="picture; None: curve.png in the folder")
 
-    add = command("report", report)
-    add("runs", nargs="+", metavar="RUNS", help="folders of finished runs")
+    add = command(report)
+    add("runs", nargs="+", **runs)
     add("--score", nargs="+", help="names as for curve --y; None: exact match and every evaluation there")
     add("--samples", type=int, default=8, help="answers to show")
     add("--output", help="folder; None: runs/evaluate/report")
     return p
-
-
-def data_flags(add):
-    add("--max-length", type=int, default=2048, help="tokens a row; longer ones are cut and counted")
-    add("--bad-rows", choices=["refuse", "stop"], default="refuse", help="count them, or stop at the first")
-    add("--num-proc", type=int, help="processes that prepare data; None: all cores")
-    add("--cache-dir", help="prepared data and log-probs; None: ~/.cache/lions")
-
-
-def pair_flags(add):
-    data_flags(add)
-    add("--max-prompt-length", type=int, default=512, help="prompt tokens that stay when a pair is too long")
-    add("--micro-tokens", type=int, help="tokens a batch on a GPU; None: --max-length")
-    add("--dtype", choices=["fp32", "bf16"], help="None: bf16 on GPU")
-    add("--chat-template", default="tokenizer", help="chatml, tokenizer (its own) or a jinja file")
 
 
 def model_flags(add):
@@ -990,18 +1031,21 @@ def model_flags(add):
 
 def sampling_flags(add):
     add("--engine", choices=["hf", "vllm", "server"], default="hf", help="how answers are sampled")
-    add("--server-url", help="server engine: an OpenAI-compatible endpoint, http://HOST:PORT/v1")
+    add("--server-url", metavar="URL", help="server engine: an OpenAI-compatible endpoint, http://HOST:PORT/v1")
     add("--served-model", help="server engine: the model's name there; None: MODEL")
     add("--batching", choices=["padded", "continuous"], help="hf engine; None: continuous on CUDA, padded on a CPU")
     add("--sampling-rows", type=int, default=64, help="hf engine: answers in work at once")
     add("--max-new-tokens", type=int, help="an answer's limit; None: the benchmark's")
-    add("--top-p", type=float, default=1.0)
+    add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold this much; 1: all")
     add("--chat-template", default="tokenizer", help="chatml, tokenizer (its own) or a jinja file")
     add("--dtype", choices=["fp32", "bf16"], help="None: bf16 on GPU")
-    add("--seed", type=int, default=42)
+    add("--seed", type=int, default=42, help="of sampled answers and resamples")
+    add("--limit", type=int, help="first N questions or prompts; None: all")
 
 
 def request_flags(add):
+    add("--base-url", "--judge-url", dest="judge_url", metavar="URL", help="the judge: an OpenAI-compatible endpoint; "
+        "its key comes from OPENAI_API_KEY")
     add("--concurrency", type=int, default=16, help="requests at once")
     add("--timeout", type=float, default=600, help="seconds a request may stay silent")
     add("--retries", type=int, default=6, help="further tries of a request, each after twice the wait")
@@ -1009,13 +1053,26 @@ def request_flags(add):
 
 def judge_flags(add):
     request_flags(add)
-    add("--judge", help="the judge's model name; None: the benchmark's")
-    add("--base-url", "--judge-url", dest="judge_url", metavar="URL", help="the judge: an OpenAI-compatible endpoint; its key comes "
-        "from OPENAI_API_KEY")
-    add("--judge-temperature", type=float, default=0.0)
+    add("--judge", help="the judge's model name, None: the benchmark's; for `judge` pairrm[:MODEL], reward:MODEL, "
+        "llm:MODEL or python:FILE:FUNCTION")
+    add("--judge-temperature", type=float, default=0.0, help="of verdicts")
     add("--judge-max-tokens", type=int, help="a verdict's limit; None: the benchmark's")
     add("--dry-run", action="store_true", help="print calls, tokens and cost; send and sample nothing")
     add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="the judge's price a million tokens in and out")
+
+
+def data_flags(add):
+    add("--max-length", type=int, default=2048, help="tokens a row; longer ones are cut and counted")
+    add("--bad-rows", choices=["refuse", "stop"], default="refuse", help="count them, or stop at the first")
+    add("--num-proc", type=int, help="processes that prepare data; None: all cores")
+    add("--cache-dir", help="prepared data and log-probs; None: ~/.cache/lions")
+
+
+def pair_flags(add):
+    add("--max-prompt-length", type=int, default=512, help="prompt tokens that stay when a pair is too long")
+    add("--micro-tokens", type=int, help="tokens a batch on a GPU; None: --max-length")
+    add("--dtype", choices=["fp32", "bf16"], help="None: bf16 on GPU")
+    add("--chat-template", default="tokenizer", help="chatml, tokenizer (its own) or a jinja file")
 
 
 DEFAULTS = {"arena-hard": dict(questions=ARENA + "question.jsonl", max_new_tokens=4096, judge_max_tokens=4096),
@@ -1026,42 +1083,46 @@ DEFAULTS = {"arena-hard": dict(questions=ARENA + "question.jsonl", max_new_token
 
 
 def check_flags(args) -> list[str]:
-    have = lambda f: getattr(args, f, None)
-    flag = lambda f: f"--{f.replace('_', '-')} {getattr(args, f)}"
-    why = [f"{flag(f)}: must be above 0" for f in ("limit", "max_new_tokens", "sampling_rows", "judge_max_tokens", "concurrency",
-                                                   "timeout", "bootstrap") if have(f) is not None and not have(f) > 0]
-    why += [f"{flag(f)}: must not be below 0" for f in ("retries", "judge_temperature") if have(f) is not None and have(f) < 0]
-    if hasattr(args, "top_p") and not 0 < args.top_p <= 1:
-        why.append(f"{flag('top_p')}: must lie in (0, 1]")
+    have, say = lambda f: getattr(args, f, None), lambda f: f"--{f.replace('_', '-')} {getattr(args, f)}"
+    why = [f"{say(f)}: must be above 0" for f in (
+        "limit", "max_new_tokens", "sampling_rows", "judge_max_tokens", "judge_tokens", "concurrency", "timeout",
+        "bootstrap", "max_length", "max_prompt_length", "micro_tokens", "num_proc")
+        if have(f) is not None and not have(f) > 0]
+    why += [f"{say(f)}: must not be below 0" for f in ("retries", "judge_temperature", "temperature", "samples")
+            if have(f) is not None and have(f) < 0]
+    if have("top_p") is not None and not 0 < args.top_p <= 1:
+        why.append(f"{say('top_p')}: must lie in (0, 1]")
     if have("price") and min(args.price) < 0:
         why.append(f"--price {args.price[0]:g} {args.price[1]:g}: must not be below 0")
-    models = have("runs") or [m for f in ("model", "before", "after") if (m := have(f))]
     if hasattr(args, "answers") and not args.model and not args.answers:
         why.append("MODEL: needed, a folder or Hub id; or --answers FILE, its answers")
     if have("engine") == "server" and not args.server_url and not have("answers"):
         why.append("--engine server: needs --server-url, an endpoint like http://localhost:8000/v1")
     if args.command not in ("stages", "curve", "report") and have("engine") != "server" and not have("answers"):
+        models = have("runs") or [m for f in ("model", "before", "after") if (m := have(f))]
         why += [f"{m}: no such folder" for m in models if m.startswith((".", "/", "runs/")) and not Path(m).is_dir()]
     kind, _, name = (have("judge") or "").partition(":")
     if args.command == "judge":
         if kind not in ("pairrm", "reward", "llm", "python") or (kind != "pairrm" and not name):
             why.append(f"--judge {args.judge}: not pairrm[:MODEL], reward:MODEL, llm:MODEL or python:FILE:FUNCTION")
         if kind == "llm" and not args.judge_template:
-            why.append(f"--judge-template: needed for --judge {args.judge}, a file with {{prompt}}, {{answer_a}}, {{answer_b}}")
+            why.append(f"--judge-template: --judge {args.judge} needs one, with {{prompt}}, {{answer_a}}, {{answer_b}}")
         if kind != "llm" and args.dry_run:
             why.append(f"--dry-run: --judge {args.judge} costs nothing; it is for llm judges")
-    if hasattr(args, "price") and not args.judge_url and not args.dry_run and (args.command != "judge" or kind == "llm"):
-        why.append("--base-url: needed, the judge's OpenAI-compatible endpoint (https://api.openai.com/v1); --dry-run counts without one")
-    for name, url in (("--base-url", have("judge_url")), ("--server-url", have("server_url"))):
+    if hasattr(args, "price") and not (args.judge_url or args.dry_run or args.command == "judge" and kind != "llm"):
+        why.append("--base-url: needed, the judge's endpoint (https://api.openai.com/v1); --dry-run counts without one")
+    for flag, url in (("--base-url", have("judge_url")), ("--server-url", have("server_url"))):
         parts = urllib.parse.urlsplit(url or "http://x")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            why.append(f"{name} {url}: not an http(s) URL")
+            why.append(f"{flag} {url}: not an http(s) URL")
         elif parts.username or parts.password or parts.query:
-            why.append(f"{name}: must hold no user, password or query, which would be written to disk; a key goes into OPENAI_API_KEY")
+            why.append(f"{flag}: must hold no user, password or query, which would be written to disk; a key goes into "
+                       "OPENAI_API_KEY")
     if args.command in ("arena-hard", "mt-bench", "alpaca-eval", "judge") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         why.append(f"{args.command} runs in one process; for several GPUs serve the model and use --engine server")
     if args.command == "arena-hard" and not args.templates:
-        why.append("--templates: needed, Arena-Hard's judge_config.yaml (github.com/lmarena/arena-hard-auto, config/); it is not on the Hub")
+        why.append("--templates: needed, Arena-Hard's judge_config.yaml (github.com/lmarena/arena-hard-auto, config/); "
+                   "it is not on the Hub")
     return why
 
 
@@ -1075,8 +1136,7 @@ def main(argv=None) -> dict:
     if hasattr(args, "dtype"):
         args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
     run = args.__dict__.pop("run")
-    why = check_flags(args)
-    if why:
+    if why := check_flags(args):
         raise ValueError("\n".join(why))
     return run(args)
 

@@ -23,7 +23,7 @@ import data
 import evaluate
 import online_dpo
 import sft
-from test_online_dpo import Server
+from test_online_dpo import Server, all_logits, pairrm  # noqa: F401, pairrm is a fixture
 
 
 # ------------------------------------------------------------------------------------------ golden scoring
@@ -778,6 +778,22 @@ def test_judge_runs_by_a_python_judge(runs, tmp_path):
     assert seat["win_rate"] == 0.5 and seat["equal"] == got["equal"]
 
 
+def test_judge_runs_by_pairrm(pairrm, tmp_path):
+    """b wins where C_10 > C_01, both orders in one; equal answers are a half and never asked."""
+    from types import SimpleNamespace
+    rng = random.Random(3)
+    words = lambda n: " ".join(f"w{rng.randrange(50)}" for _ in range(n))
+    said = {k: [words(rng.randint(1, 9)) for _ in range(12)] for k in "ab"}
+    said["b"][4] = said["a"][4] + " "
+    rows = [{"key": str(n), "prompt": [{"role": "user", "content": f"w{n}"}], "answer": None} for n in range(12)]
+    args = SimpleNamespace(judge=f"pairrm:{pairrm}", judge_tokens=4096)
+    made, counts = evaluate.scored_outcomes(args, rows, said, [("a", "b")], torch.device("cpu"))
+    for n, won in enumerate(made["a", "b"]):
+        c, _ = all_logits(pairrm, f"w{n}", [said["a"][n], said["b"][n]])
+        assert won == (0.5 if n == 4 else float(c[1, 0] > c[0, 1])), n
+    assert 0 < sum(made["a", "b"]) < 12 and counts["unparsed"] == 0
+
+
 def test_judge_runs_by_an_llm(runs, tmp_path):
     """Longer wins over HTTP, both orders; replies without a verdict leave a prompt's other order, or the prompt out."""
     (tmp_path / "t.txt").write_text("{prompt}\n⟪a⟫{answer_a}⟪/a⟫\n⟪b⟫{answer_b}⟪/b⟫")
@@ -834,7 +850,7 @@ def same_as_command_line(model, folder, limit):
 
 
 def test_openllm_equals_its_command_line(runs, tmp_path):
-    """On local task files with our checkpoint; a second run takes the scores from disk, other weights do not."""
+    """On local task files with our checkpoint."""
     pytest.importorskip("lm_eval", reason="pip install 'lm-eval[hf]==0.4.13'")
     rng = random.Random(0)
     rows = [{"question": f"add {rng.randrange(90)} {rng.randrange(9)}", "choices": [str(rng.randrange(10, 99)) for _ in range(3)],
@@ -843,12 +859,33 @@ def test_openllm_equals_its_command_line(runs, tmp_path):
     result = same_as_command_line(runs / "sft", tmp_path, 24)
     assert 0 < result["tasks"]["local_choice"]["score"] < 100 and result["lm_eval"] and result["chat_template"] is False
     assert result["score"] == pytest.approx(np.mean([t["score"] for t in result["tasks"].values()]))
-    lines = lambda: len((tmp_path / "out/tasks-0.jsonl").read_text().splitlines())
-    run = ["--tasks", "local_choice:2", "--include-path", str(tmp_path), "--limit", "24", "--batch-size", "4", "--output", str(tmp_path / "out")]
-    again = evaluate.main(["openllm", str(runs / "sft"), *run])
-    assert again["tasks"]["local_choice"] == result["tasks"]["local_choice"] and lines() == 2
-    evaluate.main(["openllm", str(runs / "dpo-20-4"), *run])
-    assert lines() == 3
+
+
+def test_openllm_takes_the_six_tasks_and_keeps_finished_ones(runs, tmp_path, monkeypatch):
+    """The leaderboard's tasks with their shots; a run that died after three does the other three; other weights or another
+    limit do all six. (The harness itself is stood in for: its data are on the Hub.)"""
+    lm_eval = pytest.importorskip("lm_eval", reason="pip install 'lm-eval[hf]==0.4.13'")
+    asked = []
+
+    def simple_evaluate(model, tasks, num_fewshot, **rest):
+        if len(asked) == 3 and not dead:
+            dead.append(1)
+            raise OSError("gone")
+        asked.append((tasks[0], num_fewshot, rest["apply_chat_template"]))
+        return {"results": {tasks[0]: {"alias": tasks[0], "acc,none": 0.1, "acc_stderr,none": 0.01, "acc_norm,none": 0.2,
+                                       "exact_match,strict-match": 0.3, "exact_match,flexible-extract": 0.9}}}
+    dead = []
+    monkeypatch.setattr(lm_eval, "simple_evaluate", simple_evaluate)
+    run = ["openllm", str(runs / "sft"), "--output", str(tmp_path / "out")]
+    with pytest.raises(OSError, match="gone"):
+        evaluate.main(run)
+    result = evaluate.main(run)
+    assert asked == [("arc_challenge", 25, False), ("hellaswag", 10, False), ("mmlu", 5, False), ("truthfulqa_mc2", 0, False),
+                     ("winogrande", 5, False), ("gsm8k", 5, False)]
+    assert result["score"] == pytest.approx((20 + 20 + 10 + 10 + 10 + 30) / 6) and result["benchmark"] == "openllm-v1"
+    evaluate.main([*run, "--limit", "5"])
+    evaluate.main(["openllm", str(runs / "dpo-20-4"), "--output", str(tmp_path / "out")])
+    assert len(asked) == 18
 
 
 def test_real_gsm8k_by_the_harness(real, runs, tmp_path):
