@@ -18,7 +18,7 @@ Differs from the paper
  2. Embeddings train whole by default; the release trains special rows only (--train-embeddings new).
  3. A document cut by --packing concat goes on as a segment of its own, one token of context repeated.
 
-Step 0 of a random model costs about ln V nats; the demo ends near 0.44, held out.
+Step 0 of a random model costs about ln V nats; the demo ends near 0.32, held out.
 """
 from __future__ import annotations
 
