@@ -366,7 +366,7 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
                     file.flush()
                     counts["asked"] += reply is not None
                     counts["failed"] += reply is None
-                    counts["judge_tokens"] += tokens
+                    counts["judge_tokens"] += tokens or 0
                     failing[0] = 0 if reply is not None else failing[0] + 1
                     if failing[0] >= 20:
                         raise ValueError(f"20 requests in a row failed; stopped, nothing is lost. The last: {error}")
