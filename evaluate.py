@@ -24,6 +24,7 @@ Differs from the benchmarks
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -110,6 +111,7 @@ def mt_rating(text: str) -> float | None:
     return float(found[1]) if found else None
 
 
+@functools.lru_cache
 def t_quantile(dof: int) -> float:
     """|t| that 95% of Student's t lie below, dof degrees of freedom: with t = sqrt(dof) tan u its density is
     cos(u)^(dof - 1), summed up numerically. dof 1: 12.706, 10: 2.228."""
@@ -178,15 +180,22 @@ def fetch(name: str, flag: str) -> Path:
 
 
 def read_rows(name: str, flag: str) -> list[tuple[str, dict]]:
-    """(file:line, row) of a .jsonl, .jsonl.gz, .json (one list) or .yaml (one object) file."""
+    """(file:line, row) of a .jsonl, .jsonl.gz, .json (a list or one object) or .yaml (one object) file."""
+    import yaml
     path = fetch(name, flag)
-    if path.suffix in (".yaml", ".yml"):
-        import yaml
-        return [(str(path), yaml.safe_load(path.read_text()))]
-    if path.suffix == ".json":
-        made = json.loads(path.read_text())
-        return [(f"{path}[{i}]", r) for i, r in enumerate(made if isinstance(made, list) else [made])]
-    return [(f"{path}:{n}", r) for n, r in data.read_lines(str(path))]
+    if path.suffix in (".json", ".yaml", ".yml"):           # JSON is YAML, but read faster and stricter as itself
+        try:
+            made = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{flag} {path}: not to be read as {path.suffix[1:]}: {error}") from None
+        rows = [(f"{path}[{i}]", r) for i, r in enumerate(made if isinstance(made, list) else [made])]
+    else:
+        rows = [(f"{path}:{n}", r) for n, r in data.read_lines(str(path))]
+    wrong = [where for where, r in rows if not isinstance(r, dict)]
+    if wrong or not rows:
+        raise ValueError(f"{flag} {wrong[0] if wrong else path}: " + (
+            "not an object with named fields" if wrong else "empty"))
+    return rows
 
 
 def read_questions(args) -> list[dict]:
@@ -210,13 +219,12 @@ def read_answers(name: str, flag: str, questions: list[dict]) -> dict[str, list[
     found, wanted = {}, {q["id"]: len(q["turns"]) for q in questions}
     for where, r in read_rows(name, flag):
         key = str(r.get("uid", r.get("question_id", r.get("instruction"))))
-        if "messages" in r:
-            texts = [m["content"] for m in r["messages"] if m["role"] == "assistant"]
-            texts = [t["answer"] if isinstance(t, dict) else t for t in texts]
-        elif "choices" in r:
-            texts = [t["content"] if isinstance(t, dict) else t for t in r["choices"][0]["turns"]]
-        else:
-            texts = [r.get("output")]
+        try:
+            texts = [m["content"] for m in r["messages"] if m["role"] == "assistant"] if "messages" in r else \
+                r["choices"][0]["turns"] if "choices" in r else [r.get("output")]
+            texts = [t.get("answer", t.get("content")) if isinstance(t, dict) else t for t in texts]
+        except (KeyError, IndexError, TypeError):
+            texts = [None]
         if key not in wanted:
             continue
         wrong = "is there twice" if key in found else \
@@ -319,7 +327,7 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
     asked for again; what is parsed is the reply, so another parse variant costs nothing. follow_up: one more user turn
     where the first reply holds no label at all; both texts are parsed together. A request that failed for good is
     recorded without a reply: unparsed now, asked again by the next run. Refused keys and names (401, 403, 404) and 20
-    failures in a row of a server that is busy, broken or silent stop the run."""
+    failures in a row stop the run."""
     import fcntl
     from tqdm import tqdm
     folder.mkdir(parents=True, exist_ok=True)
@@ -342,7 +350,7 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
     def ask(call):
         messages, said = list(call["messages"]), []
         for last in ([False, True] if follow_up else [True]):
-            key, error, status, tokens = key_of(call["id"], messages), None, None, 0
+            key, error, tokens = key_of(call["id"], messages), None, 0
             reply = known.get(key)
             if reply is None:
                 try:
@@ -351,15 +359,15 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
                 except online_dpo.ChatError as e:
                     if e.status in (401, 403, 404):
                         raise
-                    error, status = str(e), e.status
+                    error = str(e)
                 with lock:
                     file.write(json.dumps({"key": key, "id": call["id"], "judge": args.judge, "url": args.judge_url,
                                            "reply": reply, "error": error, "tokens": tokens, "time": now()}) + "\n")
                     file.flush()
                     counts["asked"] += reply is not None
                     counts["failed"] += reply is None
-                    counts["judge_tokens"] += tokens
-                    failing[0] = 0 if reply is not None else failing[0] + (status is None or status >= 429)
+                    counts["judge_tokens"] += tokens or 0
+                    failing[0] = 0 if reply is not None else failing[0] + 1
                     if failing[0] >= 20:
                         raise ValueError(f"20 requests in a row failed; stopped, nothing is lost. The last: {error}")
             if reply is None:
@@ -619,7 +627,7 @@ def scored_outcomes(args, rows, said, duels, device) -> tuple[dict, dict]:
 
 
 def name_of(folder: str) -> str:
-    return folder.rstrip("/").replace("/", "--").removeprefix("runs--")
+    return folder.strip("/").replace("/", "--").removeprefix("runs--")
 
 
 # --------------------------------------------------------------------------------------------- margins
@@ -761,6 +769,9 @@ def curve(args) -> dict:
     """Score over steps (log), a line a data size with its degree-2 fit and vertex: the paper's scaling figure."""
     sizes, lines = {}, {}
     for run in map(read_run, args.runs):
+        if args.x not in run["result"].get("cumulative", {}):
+            raise ValueError(f"--x {args.x}: {run['name']} records none; the folder of an iteration of online_dpo.py "
+                             "does")
         sizes.setdefault(run["size"], []).append({
             "run": run["name"], "x": run["result"]["cumulative"][args.x], **score_of(run, args.y, "--y")})
     noun = "documents" if run["stage"] == "sft" else "pairs"

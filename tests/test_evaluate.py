@@ -568,12 +568,23 @@ def test_bad_flags_are_one_message(tmp_path, rest, told):
     (lambda rows: rows[:-1], r"--answers .*: no answer to 1 of 12 questions \(first: q11\)"),
     (lambda rows: rows + rows[:1], r"--answers .*mine.jsonl:13: the answer to question q0 is there twice"),
     (lambda rows: [r | {"messages": [{"role": "assistant", "content": {"answer": "$ERROR$"}}]} for r in rows], r"mine.jsonl:1: .*failed request"),
-    (lambda rows: [r | {"messages": [{"role": "assistant", "content": {"answer": None}}]} for r in rows], r"mine.jsonl:1: .*holds no text")])
+    (lambda rows: [r | {"messages": [{"role": "assistant", "content": {"answer": None}}]} for r in rows], r"mine.jsonl:1: .*holds no text"),
+    (lambda rows: [{"uid": r["uid"], "choices": []} for r in rows], r"mine.jsonl:1: .*holds no text")])
 def test_bad_answers_are_named_by_line(tmp_path, change, told):
     run, *_ = arena_files(tmp_path)
     rows = [json.loads(x) for x in (tmp_path / "mine.jsonl").read_text().splitlines()]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(r) + "\n" for r in change(rows)))
     with pytest.raises(ValueError, match=told):
+        evaluate.main([*run, "--base-url", "http://127.0.0.1:9/v1"])
+
+
+@pytest.mark.parametrize("text, told", [("a: [b", "not to be read as yaml"), ("- 1", "not an object"), ("", "not an object"),
+                                        ("system_prompt: x", "needs system_prompt and one prompt_template"),
+                                        ("prompt_template: x", "needs system_prompt and one prompt_template")])
+def test_bad_templates_are_named(tmp_path, text, told):
+    run, *_ = arena_files(tmp_path)
+    (tmp_path / "template.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"--templates .*template.yaml.*{told}"):
         evaluate.main([*run, "--base-url", "http://127.0.0.1:9/v1"])
 
 
@@ -743,6 +754,9 @@ def test_curve_by_hand(tmp_path):
     lines = result["lines"]
     assert lines["100"]["saturation"] == pytest.approx(math.exp(2)) and lines["400"]["saturation"] == pytest.approx(math.exp(3))
     assert "fit" not in lines["900"] and len(lines["900"]["points"]) == 2 and (tmp_path / "out/curve.png").stat().st_size > 10_000
+    online = hand_run(tmp_path / "online", [1, 0], "online-dpo", pairs=3)
+    with pytest.raises(ValueError, match="--x steps: .*records none"):
+        evaluate.main(["curve", *made, online])
     with pytest.raises(ValueError, match="--y arena-hard: .*has no such score; it has exact_match, pairs, win"):
         evaluate.main(["curve", *made, "--y", "arena-hard"])
     (Path(made[0]) / "evaluate/arena-hard").mkdir(parents=True)
