@@ -15,14 +15,26 @@ written NAME[:split][=fraction]. Formats are recognised by their columns (see FO
 from __future__ import annotations
 
 import argparse
+import base64
+import bisect
+import contextlib
 import csv
+import fcntl
+import functools
 import gzip
 import hashlib
 import json
+import math
+import multiprocessing
 import os
 import random
+import re
 import shutil
 import sys
+import threading
+import time
+import unicodedata
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +46,25 @@ class Source(NamedTuple):
     name: str
     split: str = "train"
     fraction: float = 1.0
+
+
+# Named mixes of --data: the sources of the paper's Table of SFT data and of its DPO mixtures, fractions as in the
+# authors' configs. lion-dpo-study: UltraFeedback, HH-RLHF and TLDR are the paper's, the rest of its 264K pairs is not
+# published: the other three and HH's half are our choice of that size. ruozhiba_en (release only) is left out.
+ULTRAFEEDBACK, TLDR = "HuggingFaceH4/ultrafeedback_binarized:train_prefs", "CarperAI/openai_summarize_comparisons"
+SMALL_PAIRS = ["argilla/distilabel-capybara-dpo-7k-binarized", "argilla/distilabel-intel-orca-dpo-pairs",
+               "jondurbin/py-dpo-v0.1"]
+SERIES_PAIRS = [*SMALL_PAIRS, ULTRAFEEDBACK, "nvidia/HelpSteer", "PKU-Alignment/PKU-SafeRLHF=0.1"]
+DEITA_10K = "HuggingFaceH4/deita-10k-v0-sft:train_sft"
+LARGE_SFT = ["teknium/OpenHermes-2.5", "meta-math/MetaMathQA", "HuggingFaceH4/ultrachat_200k:train_sft"]
+MIXES = {
+    "lion-sft": [*LARGE_SFT, "Open-Orca/SlimOrca-Dedup", "microsoft/orca-math-word-problems-200k", "LDJnr/Capybara",
+                 DEITA_10K, "ise-uiuc/Magicoder-Evol-Instruct-110K"],
+    "lion-sft-1.6m": LARGE_SFT,
+    "deita-10k": [DEITA_10K],
+    "lion-dpo-study": [ULTRAFEEDBACK, "Anthropic/hh-rlhf=0.5", TLDR, *SMALL_PAIRS],
+    "lion-dpo-gemma": [*SERIES_PAIRS, f"{TLDR}=0.1", "berkeley-nest/Nectar=0.25"],
+    "lion-dpo-llama": [*SERIES_PAIRS, "berkeley-nest/Nectar"]}
 
 
 def parse_source(text: str) -> Source:
@@ -50,6 +81,20 @@ def parse_source(text: str) -> Source:
     if not os.path.exists(name) and ":" in name:
         name, split = name.rsplit(":", 1)
     return Source(name, split, fraction)
+
+
+def parse_sources(texts: list[str]) -> list[Source]:
+    """Every --data text as a Source; a mix becomes its sources, a fraction of it that fraction of each."""
+    found = []
+    for text in texts:
+        one = parse_source(text)
+        if one.name not in MIXES or os.path.exists(one.name):
+            found.append(one)
+        elif one.split != "train":
+            raise ValueError(f"--data {text}: a mix names its own splits; write {one.name}")
+        else:
+            found += [s._replace(fraction=s.fraction * one.fraction) for s in map(parse_source, MIXES[one.name])]
+    return found
 
 
 def read_lines(path: str):
@@ -138,6 +183,11 @@ class Conversation(NamedTuple):
     answer: str | None = None      # reference answer for exact match
 
 
+def with_answer(pair: Pair, which: str) -> Conversation:
+    """The pair's prompt and its `which` answer, chosen or rejected, the one turn that trains."""
+    return Conversation(pair.prompt + [{"role": "assistant", "content": getattr(pair, which)}], True, pair.answer)
+
+
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
          "system": "system"}
 
@@ -162,7 +212,6 @@ def ask(question: str, answer: str, system: str = "") -> list[dict]:
 
 def transcript(text: str) -> list[dict]:
     """HH-RLHF: '\\n\\nHuman: ..' and '\\n\\nAssistant: ..' turns."""
-    import re
     parts = re.split(r"\n\n(Human|Assistant):", text)
     if parts[0].strip():
         raise ValueError("text before the first turn")
@@ -176,7 +225,7 @@ def reference(row) -> str | None:
 
 
 def from_messages(row):
-    return Conversation(turns(row["messages"]), False, reference(row))
+    return Conversation(turns(row["messages"]), row.get("last_only") is True, reference(row))
 
 
 def from_sharegpt(row):
@@ -198,13 +247,65 @@ def from_question(row):
                         final_answer(answer) if isinstance(answer, str) and "####" in answer else None)
 
 
+def from_exchanges(row):
+    """Capybara: a list of {input, output}."""
+    return Conversation([m for x in row["conversation"] for m in ask(x["input"], x["output"])])
+
+
+# A source's ratings reach one scale of 1 to 10, on which A2's cut of 2 and AlpaGasus' 4.5 of 5 (8.875) count, by
+# 1 + 9 (r - low) / (high - low). None: they stand as they are. Sources without a line here have no rating and get none:
+# HH-RLHF, TLDR (a rater's confidence is not an answer's rating), PKU-SafeRLHF, py-dpo.
+SCALES = {
+    "rating": (1, 10),             # Orca pairs by Argilla: [two ratings], the better one is the chosen answer's
+    "score_{}": None,              # UltraFeedback binarized: overall score, 1 to 10 already; TRL's and our own files
+    "{}_score": None,
+    "{}-rating": (1, 5),           # UltraFeedback cleaned by Argilla: mean of four aspects
+    "rating_{}": (1, 5),           # Capybara-DPO
+    "rank": None,                  # Nectar: orders answers, never becomes a score
+    "completions": (1, 5),         # UltraFeedback raw: mean of all four aspects
+    "responses": (0, 4)}           # HelpSteer: mean of helpfulness, correctness and coherence; complexity, verbosity: style
+ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+HELPSTEER = ("helpfulness", "correctness", "coherence")
+
+
+def on_ten(value, column: str) -> float | None:
+    """A rating on the scale of 1 to 10 by its column's line in SCALES; None, NaN, "" and N/A are a missing one.
+    3 of 1..5 is 5.5. ValueError for what is no number or outside its scale."""
+    if value is None or value in ("", "N/A") or value != value:
+        return None
+    try:
+        r = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        r = math.nan
+    low, high = SCALES[column] or (-sys.float_info.max, sys.float_info.max)
+    if r != r and str(value).strip().lower() == "nan":
+        return None
+    if not low <= r <= high:
+        raise ValueError("a rating is no number" + (f" of {low}..{high}" if SCALES[column] else ""))
+    return r if SCALES[column] is None else 1 + 9 * (r - low) / (high - low)
+
+
+def ratings_of(row) -> list:
+    """[chosen's, rejected's] ratings of 1 to 10, None where there is none."""
+    if isinstance(row.get("rating"), (list, tuple)):
+        both = [on_ten(r, "rating") for r in row["rating"]]
+        return [max(both), min(both)] if len(both) == 2 and None not in both else [None, None]
+    for column in [c for c in SCALES if "{}" in c]:
+        both = [on_ten(row.get(column.format(which)), column) for which in ("chosen", "rejected")]
+        if both != [None, None]:
+            return both
+    return [None, None]
+
+
 def side(row, which: str) -> list[dict]:
-    """The whole conversation that ends in the `which` answer: chosen or rejected; prompt given or not."""
-    prompt, said = row.get("prompt"), row[which]
+    """The whole conversation that ends in the `which` answer: chosen or rejected; prompt given or not. Orca pairs
+    call it question or input, and a system turn may stand beside it."""
+    said = row[which]
+    prompt = next((row[k] for k in ("prompt", "question", "input") if row.get(k) is not None), None)
     if isinstance(said, str):
         if prompt is None or said.startswith(f"{prompt}\n\nAssistant:"):
             return transcript(said)
-        return ask(prompt, said) if isinstance(prompt, str) else \
+        return ask(prompt, said, row.get("system") or "") if isinstance(prompt, str) else \
             turns(prompt) + [{"role": "assistant", "content": said}]
     said = turns(said)
     if isinstance(prompt, str) and said and said[0]["role"] == "assistant":
@@ -220,18 +321,83 @@ def from_preference(row):
 
 
 def pair_from_preference(row):
-    """Two conversations that differ in their last turn, ratings kept. UltraFeedback, HH-RLHF, TRL's formats."""
+    """Two conversations that differ in their last turn: UltraFeedback, HH-RLHF, py-dpo, Orca, Capybara, TRL's formats."""
     chosen, rejected = side(row, "chosen"), side(row, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("the histories of chosen and rejected differ")
     if not chosen or not rejected or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
         raise ValueError("an answer is missing")
+    return Pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], *ratings_of(row), reference(row))
 
-    def score(which):
-        found = [row[k] for k in (f"score_{which}", f"{which}_score", f"{which}-rating") if row.get(k) is not None]
-        return float(found[0]) if found else None
-    return Pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], score("chosen"), score("rejected"),
-                reference(row))
+
+def draw(text: str, n: int) -> int:
+    """One of 0..n-1 by a hash of the text: the same on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % n
+
+
+def best_against_drawn(prompt: str, rated: list[tuple]) -> list[tuple]:
+    """The best of (rating or None, answer), the first of equals, against one drawn among the strictly worse."""
+    rated = [x for x in rated if x[0] is not None]
+    if len(rated) < 2:
+        raise ValueError("fewer than two rated answers")
+    best = max(rated, key=lambda x: x[0])
+    worse = [x for x in rated if x[0] < best[0]]
+    if not worse:
+        raise ValueError("all ratings tie")
+    return [best, worse[draw(prompt, len(worse))]]
+
+
+def mean_rating(row, names, column: str) -> float | None:
+    """The mean of all the named ratings on the scale of 1 to 10; None where one of them is missing."""
+    all_of = [on_ten(row.get(name), column) for name in names]
+    return None if None in all_of else sum(all_of) / len(all_of)
+
+
+def pair_of_rated(prompt: list[dict], rated: list[tuple]) -> Pair:
+    (r_w, y_w), (r_l, y_l) = best_against_drawn(prompt[-1]["content"], rated)
+    return Pair(prompt, y_w, y_l, r_w, r_l)
+
+
+def pair_from_completions(row):
+    """UltraFeedback raw: a completion's rating is the mean of its four aspects (its overall_score is known to hold
+    10s that were meant as 1s); best against drawn."""
+    rated = [(mean_rating({k: a[k]["Rating"] for k in ASPECTS if k in a}, ASPECTS, "completions"), c["response"])
+             for c in row["completions"] for a in [c["annotations"]]]
+    return pair_of_rated(ask(row["instruction"], "")[:1], rated)
+
+
+def pair_from_responses(row):
+    """HelpSteer: all responses to a prompt (`read_source` gathers them), best against drawn."""
+    return pair_of_rated(ask(row["prompt"], "")[:1],
+                         [(mean_rating(r, HELPSTEER, "responses"), r["response"]) for r in row["responses"]])
+
+
+def pair_from_ranks(row):
+    """Nectar: rank 1 of seven against one drawn among the lower ranks. A rank is no rating: no scores."""
+    rated = [(None if rank is None else -rank, a["answer"])
+             for a in row["answers"] for rank in [on_ten(a.get("rank"), "rank")]]
+    (_, y_w), (_, y_l) = best_against_drawn(row["prompt"], rated)
+    said = row["prompt"].removesuffix(" ").removesuffix("\n\nAssistant:")
+    return Pair(transcript(said) if "\n\nHuman:" in f"\n\n{said}" else ask(said, "")[:1], y_w, y_l)
+
+
+def pair_from_safety(row):
+    """PKU-SafeRLHF: the better response against the other, where the better one is the safer one, too."""
+    better, safer = row["better_response_id"], row["safer_response_id"]
+    if better not in (0, 1) or safer not in (0, 1):
+        raise ValueError("no better or safer response is named")
+    if better != safer:
+        raise ValueError("the better response is not the safer one")
+    return Pair(ask(row["prompt"], "")[:1], row[f"response_{int(better)}"], row[f"response_{1 - int(better)}"])
+
+
+def pair_from_summaries(row):
+    """TLDR comparisons: the summary that the rater chose against the other."""
+    info, choice = row["info"], row["choice"]
+    if choice not in (0, 1) or len(row["summaries"]) != 2 or not info.get("post"):
+        raise ValueError("no post, choice or second summary")
+    text = f"SUBREDDIT: r/{info.get('subreddit')}\nTITLE: {info.get('title')}\nPOST: {info['post']}\nTL;DR:"
+    return Pair(ask(text, "")[:1], *(row["summaries"][i]["text"] for i in (int(choice), 1 - int(choice))))
 
 
 def pair_from_solutions(row):
@@ -243,24 +409,29 @@ def pair_from_solutions(row):
             made[bool(row[name]["is_correct"])].append(row[name]["solution"])
     if not made[True] or not made[False]:
         raise ValueError("no right and wrong solution")
-    draw = hashlib.sha256(row["question"].encode()).digest()
-    right, wrong = (made[k][draw[i] % len(made[k])] for i, k in enumerate((True, False)))
+    byte = hashlib.sha256(row["question"].encode()).digest()
+    right, wrong = (made[k][byte[i] % len(made[k])] for i, k in enumerate((True, False)))
     return Pair([{"role": "user", "content": row["question"]}], right, wrong)
 
 
-def from_solutions(row):
-    pair = pair_from_solutions(row)
-    return Conversation(ask(row["question"], pair.chosen), True)
-
-
 PAIR_FORMATS = [({"chosen", "rejected"}, pair_from_preference),
+                ({"instruction", "completions"}, pair_from_completions),
+                ({"prompt", "answers"}, pair_from_ranks), ({"prompt", "responses"}, pair_from_responses),
+                ({"prompt", "response_0", "response_1"}, pair_from_safety),
+                ({"info", "summaries", "choice"}, pair_from_summaries),
                 ({"question", "ground_truth"}, pair_from_solutions)]
 FORMATS = [({"messages"}, from_messages), ({"conversations"}, from_sharegpt), ({"chosen"}, from_preference),
-           ({"instruction", "output"}, from_instruction), ({"query", "response"}, from_query),
-           ({"question", "answer"}, from_question), ({"question", "ground_truth"}, from_solutions)]
+           ({"conversation"}, from_exchanges), ({"instruction", "output"}, from_instruction),
+           ({"instruction", "response"}, lambda row: Conversation(ask(row["instruction"], row["response"]))),
+           ({"query", "response"}, from_query), ({"prompt", "response"}, lambda row: Conversation(ask(row["prompt"], row["response"]))),
+           ({"question", "answer"}, from_question)]
 
 
-def find_format(columns, where: str, formats=FORMATS):
+FORMATS += [(needed, lambda row, make=make: with_answer(make(row), "chosen"))
+            for needed, make in PAIR_FORMATS[1:]]             # read by sft.py: prompt + chosen, its last turn trained
+
+
+def find_format(columns, where: str, formats):
     for needed, convert in formats:
         if needed <= set(columns):
             return convert
@@ -268,13 +439,24 @@ def find_format(columns, where: str, formats=FORMATS):
     raise ValueError(f"{where}: columns {sorted(columns)} are no known format. Known: {known}")
 
 
-def to_conversation(row: dict) -> Conversation:
-    """A raw row of any known format, checked. ValueError(short reason) when it is refused."""
-    c = find_format(row, "row")(row)
+def convert_row(row: dict, formats):
+    """By the first format whose columns the row has. ValueError(short reason) for one that lacks what it needs."""
+    try:
+        return find_format(row, "row", formats)(row)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"malformed row ({type(error).__name__}: {error})") from None
+
+
+def checked(c: Conversation) -> Conversation:
+    """The conversation, or ValueError(short reason) where its turns cannot be trained on."""
     if not c.messages:
         raise ValueError("empty conversation")
     if any(not isinstance(m["content"], str) for m in c.messages):
         raise ValueError("content is not text")
+    try:
+        "".join(m["content"] for m in c.messages).encode()
+    except UnicodeEncodeError:                              # a lone surrogate
+        raise ValueError("text is not valid Unicode") from None
     if any(not m["content"].strip() for m in c.messages if m["role"] != "system"):
         raise ValueError("empty turn")
     said = [m["role"] for m in c.messages[c.messages[0]["role"] == "system":]]
@@ -285,11 +467,16 @@ def to_conversation(row: dict) -> Conversation:
     return c
 
 
+def to_conversation(row: dict) -> Conversation:
+    """A raw row of any known format, checked. ValueError(short reason) when it is refused."""
+    return checked(convert_row(row, FORMATS))
+
+
 def to_pair(row: dict) -> Pair:
     """A raw row of any known preference format, checked. ValueError(short reason) when it is refused."""
-    pair = find_format(row, "row", PAIR_FORMATS)(row)
-    for answer in (pair.chosen, pair.rejected):
-        to_conversation({"messages": pair.prompt + [{"role": "assistant", "content": answer}]})
+    pair = convert_row(row, PAIR_FORMATS)
+    for which in ("chosen", "rejected"):
+        checked(with_answer(pair, which))
     if pair.chosen.strip() == pair.rejected.strip():
         raise ValueError("chosen equals rejected")
     return pair
@@ -403,11 +590,11 @@ def encode(conversation: Conversation, tokenizer, template: Template, *, max_len
         raise ValueError("two BOS tokens")
     targets = [False] * len(ids)
     for a, b in spans[-1:] if conversation.last_only else spans:
-        inside = [i for i, (s, e) in enumerate(offsets) if s < b and e > a]
-        if not inside or offsets[inside[0]][0] > a or ids[inside[-1]] != template.end_of_turn_id:
+        first = bisect.bisect_right(offsets, a, key=lambda o: o[1])                 # offsets never fall
+        end = bisect.bisect_left(offsets, b, key=lambda o: o[0])
+        if first >= end or offsets[first][0] > a or ids[end - 1] != template.end_of_turn_id:
             raise ValueError("mask does not cover the assistant text")
-        for i in inside:
-            targets[i] = True
+        targets[first:end] = [True] * (end - first)
     if loss_on == "all":
         targets = [True] * len(ids)
     targets[0] = False
@@ -437,8 +624,7 @@ def encode_pair(pair: Pair, tokenizer, template: Template, *, max_length: int | 
     A pair whose longer side exceeds max_length loses prompt tokens after BOS from the left, no more than
     needed and never below max_prompt_length prompt tokens, then the end of its answers; an EOS is never
     forged. ValueError(short reason) when an answer has no target left or both became equal."""
-    sides = [encode(Conversation(pair.prompt + [{"role": "assistant", "content": y}], True), tokenizer, template)
-             for y in (pair.chosen, pair.rejected)]
+    sides = [encode(with_answer(pair, which), tokenizer, template) for which in ("chosen", "rejected")]
     ids, masks = [e.input_ids for e in sides], [e.targets for e in sides]
     share = min(mask.index(True) for mask in masks)
     share = next((i for i, (a, b) in enumerate(zip(ids[0][:share], ids[1])) if a != b), share)
@@ -470,8 +656,13 @@ def permutation(n: int, seed: int, epoch: int = 0) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
 
 
+def canonical(text: str) -> str:
+    """What makes two texts the same: Unicode's NFC, every run of white space as one space, none at the ends."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
 def canonical_hash(messages) -> str:
-    text = json.dumps([[m["role"], m["content"].strip()] for m in messages])
+    text = json.dumps([[m["role"], canonical(m["content"])] for m in messages])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -482,47 +673,247 @@ def with_system(messages: list[dict], key: str, probability: float, seed: int) -
     return [{"role": "system", "content": ""}] * system + messages
 
 
-def encode_row(row: dict, tokenizer, template, max_length, loss_on, empty_system, seed) -> dict:
-    """One raw row for datasets.map: encoded, or with its reason of refusal."""
-    try:
-        c = to_conversation(json.loads(row["raw"]))
-        key = canonical_hash(c.messages)
-        c = c._replace(messages=with_system(c.messages, key, empty_system, seed))
-        e = encode(c, tokenizer, template, max_length=max_length, loss_on=loss_on)
-    except ValueError as error:
-        return dict(input_ids=[], targets=[], length=0, n_targets=0, cut=0, turns=0, answer=None,
-                    messages_json="", key="", reason=str(error))
+# what is known of a converted row without reading it: where its line ends, whence it comes, a hash of its canonical
+# text, its scores (NaN: none), and whether it was refused
+INDEX = np.dtype([("end", "<i8"), ("source", "<i2"), ("row", "<i8"), ("key", "V16"), ("score_chosen", "<f8"),
+                  ("score_rejected", "<f8"), ("refused", "?")])
+CHUNK = 5000                       # rows that a worker takes at a time; what a kill can cost each
+
+
+class Converted(NamedTuple):
+    """Sources as one file: a line of JSON a row, conversations or pairs as design has them, or {"refused": reason}."""
+    path: Path
+    index: np.ndarray              # (n,) INDEX
+    names: list[str]               # of the sources
+
+    def lines(self, ids):
+        """The lines of rows `ids`, as bytes."""
+        with open(self.path, "rb") as f:
+            for i in ids:
+                a = int(self.index["end"][i - 1]) if i else 0
+                yield os.pread(f.fileno(), int(self.index["end"][i]) - a, a)
+
+    def where(self, i) -> str:
+        """FILE:ROW of row i."""
+        return f"{self.names[self.index['source'][i]]}:{self.index['row'][i]}"
+
+
+def count_rows(source: Source) -> int:
+    if source.name.endswith((".jsonl", ".jsonl.gz")):
+        with (gzip.open if source.name.endswith(".gz") else open)(source.name, "rb") as f:
+            return sum(1 for line in f if line.strip())
+    if source.name in DEMO_ROWS or local_kind(source.name) == ".csv":
+        return sum(1 for _ in load_source(source))
+    return len(load_table(source))
+
+
+def read_source(source: Source, pairs: bool):
+    """(number of rows, rows as load_source has them). HelpSteer's rows of one prompt become one, for their pair."""
+    first = next(iter(load_source(source)), (0, {}))[1]
+    if not pairs or not {"prompt", "response", *HELPSTEER} <= set(first):
+        return count_rows(source), load_source(source)
+    found = {}
+    for n, row in load_source(source):
+        found.setdefault(json.dumps(row.get("prompt")), (n, []))[1].append(row)
+    return len(found), [(n, {"prompt": rows[0].get("prompt"), "responses": rows}) for n, rows in found.values()]
+
+
+def raw_rows(parsed: list[Source], pairs: bool, seed: int):
+    """(source, row number, row, rows in all) of every source's sampled share. One ValueError for a source that is
+    empty, or of which none of the first hundred rows has known columns."""
+    read = [read_source(source, pairs) for source in parsed]
+    taken = [np.arange(n) if s.fraction == 1 else np.sort(permutation(n, seed)[:max(1, round(s.fraction * n))])
+             for s, (n, _) in zip(parsed, read)]
+    total = sum(map(len, taken))
+    for index, (source, (n_rows, rows)) in enumerate(zip(parsed, read)):
+        if not n_rows:
+            raise ValueError(f"--data {source.name}: the source is empty, no row is left")
+        mine, unknown = np.zeros(n_rows, dtype=bool), []
+        mine[taken[index]] = True
+        for i, (n, row) in enumerate(rows):
+            if unknown is not None:
+                try:
+                    unknown = find_format(row, f"--data {source.name}:{n}", PAIR_FORMATS if pairs else FORMATS) and None
+                except ValueError as error:
+                    unknown.append(error)
+                    if i == min(n_rows, 100) - 1:
+                        raise unknown[0]
+            if mine[i]:
+                yield index, n, row, total
+
+
+def convert_line(row: dict, pairs: bool, source: str, n: int):
+    """A raw row -> (its line as a dict, 16 bytes of its canonical hash, scores). ValueError when it is refused."""
+    if not pairs:
+        c = to_conversation(row)
+        extra = {"last_only": True} if c.last_only else {}
+        return (dict(messages=c.messages, **extra, answer=c.answer, source=source, row=n),
+                bytes.fromhex(canonical_hash(c.messages)), None, None)
+    pair = to_pair(row)
+    key = canonical_hash(pair.prompt + [{"role": w, "content": getattr(pair, w)} for w in ("chosen", "rejected")])
+    line = pair._asdict() | {w: [{"role": "assistant", "content": getattr(pair, w)}] for w in ("chosen", "rejected")}
+    return line | dict(source=source, row=n), bytes.fromhex(key), pair.score_chosen, pair.score_rejected
+
+
+def convert(parsed: list[Source], pairs: bool, seed: int, folder: Path) -> Converted:
+    """Every raw row converted, or refused with its reason, into rows.jsonl and index.bin of `folder`. A killed pass
+    goes on behind its last whole record. Memory: the index, 59 bytes a row."""
+    from tqdm import tqdm
+    path, records, names = folder / "rows.jsonl", folder / "index.bin", [s.name for s in parsed]
+    done = np.fromfile(records, INDEX) if records.exists() else np.zeros(0, INDEX)
+    if not (folder / "converted").exists():
+        end = int(done["end"][-1]) if len(done) else 0
+        with open(path, "ab") as out, open(records, "ab") as index:
+            out.truncate(end), index.truncate(len(done) * INDEX.itemsize)
+            waiting, bar = [], tqdm(desc="convert", unit="row", initial=len(done))
+
+            def flush():
+                out.flush()
+                index.write(np.array(waiting, dtype=INDEX).tobytes())
+                index.flush(), waiting.clear()
+            for i, (source, n, row, total) in enumerate(raw_rows(parsed, pairs, seed)):
+                bar.total = total
+                if i < len(done):
+                    continue
+                try:
+                    line, key, chosen, rejected = convert_line(row, pairs, names[source], n)
+                    refused = False
+                    text = json.dumps(line).encode() + b"\n"
+                except ValueError as error:
+                    key, chosen, rejected, refused = bytes(16), None, None, True
+                    text = json.dumps({"refused": str(error)}).encode() + b"\n"
+                out.write(text)
+                end += len(text)
+                waiting.append((end, source, n, key, *(np.nan if x is None else x for x in (chosen, rejected)), refused))
+                bar.update()
+                if len(waiting) == CHUNK:
+                    flush()
+            flush(), bar.close()
+        (folder / "converted").touch()
+        done = np.fromfile(records, INDEX)
+    return Converted(path, done, names)
+
+
+@contextlib.contextmanager
+def work_folder(folder: Path):
+    """A folder for half-done work: it outlives a kill, so that the same command goes on, is one process's at a time
+    (others wait), and goes when the work is done or its data is at fault."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")
+        fcntl.lockf(lock, fcntl.LOCK_EX)                     # a record lock: forked workers do not hold it
+        if (folder / "lock").exists() and os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock")):
+            break
+        lock.close()                                         # the one before us finished and removed it
+    with lock:
+        try:
+            yield folder
+        except ValueError:
+            shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder)
+
+
+CHUNK_FUNCTION = None              # what forked workers run: inherited, so nothing large is pickled
+
+
+def run_chunk(start: int, stop: int, path: Path) -> int:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as f:
+        CHUNK_FUNCTION(start, stop, f)
+    temporary.rename(path)
+    return stop - start
+
+
+def end_with(parent: int) -> None:
+    """Let a worker die with its parent, however that one was killed."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def in_chunks(function, n: int, folder: Path, name: str, num_proc: int | None = None) -> list[Path]:
+    """function(start, stop, file) over 0..n in chunks and processes; the chunks' files, in order. Chunks whose file
+    is there (a killed pass left it) are not computed again; the result hangs on neither chunks nor processes."""
+    global CHUNK_FUNCTION
+    from tqdm import tqdm
+    CHUNK_FUNCTION = function
+    jobs = [(a, min(n, a + CHUNK), folder / f"{name}-{a}-{min(n, a + CHUNK)}") for a in range(0, n, CHUNK)]
+    todo = [job for job in jobs if not job[2].exists()]
+    with tqdm(total=n, initial=n - sum(b - a for a, b, _ in todo), desc=name, unit="row") as bar:
+        workers = min(num_proc or os.cpu_count(), len(todo))
+        if workers < 2:
+            for job in todo:
+                bar.update(run_chunk(*job))
+        else:
+            pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), end_with, (os.getpid(),))
+            try:
+                for done in as_completed([pool.submit(run_chunk, *job) for job in todo]):
+                    bar.update(done.result())
+            finally:
+                pool.shutdown(cancel_futures=True)
+    return [path for *_, path in jobs]
+
+
+def first_of_equal(keys: np.ndarray) -> np.ndarray:
+    """For each key the index of the first one equal to it. (n,) V16 -> (n,) int64"""
+    words = np.ascontiguousarray(keys).view("<u8").reshape(-1, 2)                            # (n, 2)
+    order = np.lexsort(words.T)                                                              # stable: first comes first
+    new = np.append(True, (words[order[1:]] != words[order[:-1]]).any(1))[:len(order)]       # (n,)
+    first = np.empty(len(order), dtype=np.int64)
+    first[order] = order[new][np.cumsum(new) - 1]
+    return first
+
+
+def gap(chosen, rejected) -> np.ndarray:
+    """Score difference of pairs, NaN where a score is missing; 8.2 - 6.2 is 2, not a little less."""
+    return np.round(np.asarray(chosen, dtype=float) - np.asarray(rejected, dtype=float), 9)
+
+
+def encode_row(line: dict, key: str, tokenizer, template, max_length, loss_on, empty_system, seed) -> dict:
+    """One converted conversation as a row of ids. ValueError(short reason) when it is refused."""
+    c = Conversation(line["messages"], line.get("last_only", False), line["answer"])
+    c = c._replace(messages=with_system(c.messages, key, empty_system, seed))
+    e = encode(c, tokenizer, template, max_length=max_length, loss_on=loss_on)
     return dict(input_ids=e.input_ids, targets=e.targets, length=len(e.input_ids), n_targets=sum(e.targets),
-                cut=e.truncated, turns=len(c.messages), answer=c.answer,
-                messages_json=json.dumps(c.messages), key=key, reason="")
+                cut=e.truncated, turns=len(c.messages), messages_json=json.dumps(c.messages))
 
 
 PAIR_LISTS = ("prompt", "chosen", "rejected", "chosen_targets", "rejected_targets")
 
 
-def encode_pair_row(row: dict, tokenizer, template, max_length, max_prompt_length, empty_system, min_gap,
-                    seed) -> dict:
-    """One raw preference row for datasets.map; messages_json is the prompt and both answers."""
-    try:
-        pair = to_pair(json.loads(row["raw"]))
-        scores = [pair.score_chosen, pair.score_rejected]
-        if min_gap is not None and None in scores:
-            raise ValueError("no score, and --min-gap needs both")
-        if min_gap is not None and scores[0] - scores[1] < min_gap:
-            raise ValueError(f"score gap below --min-gap {min_gap:g}")
-        key = canonical_hash(pair.prompt + [{"role": w, "content": c} for w, c in
-                                            (("chosen", pair.chosen), ("rejected", pair.rejected))])
-        pair = pair._replace(prompt=with_system(pair.prompt, key, empty_system, seed))
-        e = encode_pair(pair, tokenizer, template, max_length=max_length, max_prompt_length=max_prompt_length)
-    except ValueError as error:
-        return {k: [] for k in PAIR_LISTS} | dict(
-            length=0, n_targets=0, cut=0, turns=0, answer=None, messages_json="", key="", reason=str(error),
-            score_chosen=None, score_rejected=None)
+def pair_of(line: dict) -> Pair:
+    return Pair(line["prompt"], line["chosen"][0]["content"], line["rejected"][0]["content"], line["score_chosen"],
+                line["score_rejected"], line["answer"])
+
+
+def encode_pair_row(line: dict, key: str, tokenizer, template, max_length, max_prompt_length, empty_system, seed) -> dict:
+    """One converted pair as a row of ids; messages_json is the prompt and both answers."""
+    pair = pair_of(line)
+    pair = pair._replace(prompt=with_system(pair.prompt, key, empty_system, seed))
+    e = encode_pair(pair, tokenizer, template, max_length=max_length, max_prompt_length=max_prompt_length)
     return e._asdict() | dict(
-        length=len(e.prompt) + len(e.chosen) + len(e.rejected), turns=len(pair.prompt) + 1, answer=pair.answer,
-        n_targets=sum(e.chosen_targets) + sum(e.rejected_targets), key=key, reason="",
-        messages_json=json.dumps([pair.prompt, pair.chosen, pair.rejected]),
-        score_chosen=scores[0], score_rejected=scores[1])
+        length=len(e.prompt) + len(e.chosen) + len(e.rejected), turns=len(pair.prompt) + 1,
+        n_targets=sum(e.chosen_targets) + sum(e.rejected_targets), score_chosen=pair.score_chosen,
+        score_rejected=pair.score_rejected, messages_json=json.dumps([pair.prompt, pair.chosen, pair.rejected]))
+
+
+def encode_chunk(store: Converted, ids, pairs: bool, settings: dict, schema, start: int, stop: int, file) -> None:
+    """Rows ids[start:stop] as an Arrow stream; the refused ones, (row, reason), stand in its schema's metadata."""
+    import pyarrow
+    made, refused = [], []
+    for i, line in zip(ids[start:stop], store.lines(ids[start:stop])):
+        line, record = json.loads(line), store.index[i]
+        try:
+            row = (encode_pair_row if pairs else encode_row)(line, record["key"].tobytes().hex(), **settings)
+            made.append(row | dict(source=record["source"], row=record["row"], answer=line["answer"]))
+        except ValueError as error:
+            refused.append([int(i), str(error)])
+    schema = schema.with_metadata({"refused": json.dumps(refused)})
+    with pyarrow.ipc.new_stream(file, schema) as out:
+        out.write_table(pyarrow.Table.from_pylist(made, schema=schema))
 
 
 def prepare(sources: list[str], tokenizer, template: Template, *, max_length: int | None,
@@ -534,135 +925,165 @@ def prepare(sources: list[str], tokenizer, template: Template, *, max_length: in
 
     pairs: preference rows instead (columns PAIR_LISTS for input_ids and targets, and score_chosen,
     score_rejected; `length` is that of x, y_w and y_l); duplicates are equal prompt, chosen and rejected.
+    max_examples: the first so many of the order; no more are encoded, or counted as refused by encoding.
 
-    The cache's key hashes all that decides the content; entries are written aside and renamed. Raises
-    one ValueError for missing files or unknown columns (naming them) and when no row is left."""
+    The cache's key hashes all that decides the content; entries are written aside and renamed; a killed
+    call goes on. Raises one ValueError for missing files or unknown columns (naming them) and when no row is left."""
     import datasets
-    parsed = [parse_source(s) for s in sources]
-    missing = [f"--data {s.name}: no such file" for s in parsed
-               if local_kind(s.name) not in (None, "folder") and not os.path.exists(s.name)]
-    if missing:
-        raise ValueError("\n".join(missing))
-    folder = Path(cache_dir or Path.home() / ".cache" / "lions")
+    parsed = check_sources(sources)
+    folder = cache_folder(cache_dir)
     decides = [[fingerprint(s) for s in parsed], tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
                list(template), max_length, loss_on, empty_system, max_examples, seed, pairs,
                [max_prompt_length, min_gap] if pairs else None, Path(__file__).read_text()]
     key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
-    final, stats_file = folder / key, folder / key / "stats.json"
-    if stats_file.exists():
+    final = folder / key
+
+    def cached():
         try:
-            stats = json.loads(stats_file.read_text())
+            stats = json.loads((final / "stats.json").read_text())
             if not (bad_rows == "stop" and stats["total"]["refused"]):
                 return Prepared(datasets.load_from_disk(str(final)), stats, key)
         except (OSError, ValueError, KeyError) as error:
-            print(f"cache {final} is damaged ({error}); made again", file=sys.stderr)
-    folder.mkdir(parents=True, exist_ok=True)
-    work = folder / f"{key}.{os.getpid()}.writing"
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        settings = dict(tokenizer=tokenizer, template=template, max_length=max_length, empty_system=empty_system,
-                        seed=seed) | (dict(max_prompt_length=max_prompt_length, min_gap=min_gap) if pairs else
-                                      dict(loss_on=loss_on))
-        made = _prepare(parsed, settings, pairs, max_examples, seed, bad_rows, num_proc, work)
-        made.dataset.save_to_disk(str(work / "done"))
-        (work / "done" / "stats.json").write_text(json.dumps(made.stats))
-        shutil.rmtree(final, ignore_errors=True)
-        (work / "done").rename(final)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return Prepared(datasets.load_from_disk(str(final)), made.stats, key)
+            if final.exists():
+                print(f"cache {final} is damaged ({error}); made again", file=sys.stderr)
+    found = cached()
+    if found:
+        return found
+    settings = dict(tokenizer=tokenizer, template=template, max_length=max_length, empty_system=empty_system,
+                    seed=seed) | (dict(max_prompt_length=max_prompt_length) if pairs else dict(loss_on=loss_on))
+    with work_folder(folder / f"{key}.writing") as work:
+        found = cached()                                    # made while we waited
+        if not found:
+            made = _prepare(parsed, settings, pairs, max_examples, min_gap, seed, bad_rows, num_proc, work)
+            made.dataset.save_to_disk(str(work / "done"))
+            (work / "done" / "stats.json").write_text(json.dumps(made.stats))
+            shutil.rmtree(final, ignore_errors=True)
+            (work / "done").rename(final)
+            found = cached()
+    return found
 
 
-def _prepare(parsed, settings, pairs, max_examples, seed, bad_rows, num_proc, work) -> Prepared:
+def cache_folder(cache_dir: str | None) -> Path:
+    return Path(cache_dir or Path.home() / ".cache" / "lions")
+
+
+def check_sources(sources: list[str]) -> list[Source]:
+    """--data parsed; one ValueError for all files that are not there."""
+    parsed = parse_sources(sources)
+    missing = [f"--data {s.name}: no such file" for s in parsed
+               if local_kind(s.name) not in (None, "folder") and not os.path.exists(s.name)]
+    if missing:
+        raise ValueError("\n".join(missing))
+    return parsed
+
+
+class Refusals:
+    """Refused rows of each source: {reason: [how many, FILE:ROW of the first]}."""
+    def __init__(self, store: Converted):
+        self.store, self.reasons = store, [{} for _ in store.names]
+        refused = np.flatnonzero(store.index["refused"])
+        for i, line in zip(refused, store.lines(refused)):
+            self.add(i, json.loads(line)["refused"])
+
+    def add(self, i: int, reason: str) -> None:
+        one = self.reasons[self.store.index["source"][i]].setdefault(reason, [0, i])
+        one[0], one[1] = one[0] + 1, min(one[1], i)
+
+    def of(self, source: int) -> dict:
+        return {reason: [n, self.store.where(i)] for reason, (n, i) in self.reasons[source].items()}
+
+    def check(self, bad_rows: str, kept: int) -> None:
+        """ValueError naming them all, where no row is left or --bad-rows stop asks for it."""
+        bad = [f"{where}: {reason} ({n} such row(s))" for source in range(len(self.reasons))
+               for reason, (n, where) in self.of(source).items()]
+        if not kept or (bad and bad_rows == "stop"):
+            raise ValueError("\n".join(["--data: stopped at bad rows:" if kept else "--data: no row is left:", *bad]))
+
+
+def _prepare(parsed, settings, pairs, max_examples, min_gap, seed, bad_rows, num_proc, work) -> Prepared:
     import datasets
+    import pyarrow
+    store = convert(parsed, pairs, seed, work)
+    index, refusals = store.index, Refusals(store)
+    good = np.flatnonzero(~index["refused"])
+    if min_gap is not None:
+        gaps = gap(index["score_chosen"], index["score_rejected"])[good]
+        if np.isnan(gaps).any():
+            raise ValueError(f"--data: stopped at bad rows:\n{store.where(good[np.isnan(gaps)][0])}: no score, and "
+                             f"--min-gap needs both ({np.isnan(gaps).sum()} such row(s))")
+        for i in good[gaps < min_gap]:
+            refusals.add(i, f"score gap below --min-gap {min_gap:g}")
+        good = good[gaps >= min_gap]
+    first = first_of_equal(index["key"][good]) == np.arange(len(good))
+    duplicates = np.bincount(index["source"][good[~first]], minlength=len(parsed))
+    kept = good[first]
+    refusals.check(bad_rows, len(kept))
 
-    def raw_rows(index: int):
-        source, n_rows = parsed[index], 0
-        if source.fraction < 1:                             # a share of the rows needs their number first
-            n_rows = sum(1 for _ in load_source(source))
-            taken = np.zeros(n_rows, dtype=bool)
-            taken[permutation(n_rows, seed)[:max(1, round(source.fraction * n_rows))]] = True
-        for i, (n, row) in enumerate(load_source(source)):
-            n_rows = max(n_rows, i + 1)
-            find_format(row, f"--data {source.name}:{n}", PAIR_FORMATS if pairs else FORMATS)
-            if source.fraction == 1 or taken[i]:
-                yield {"raw": json.dumps(row, default=str), "source": index, "row": n}
-        if not n_rows:
-            raise ValueError(f"--data {source.name}: the source is empty, no row is left")
-
-    work.mkdir(parents=True)
-    parts = []
-    for index in range(len(parsed)):                        # one schema: raw JSON text, written to disk
-        try:
-            parts.append(datasets.Dataset.from_generator(
-                raw_rows, gen_kwargs={"index": index}, cache_dir=str(work), fingerprint=f"raw{index}",
-                features=datasets.Features(raw=datasets.Value("string"), source=datasets.Value("int16"),
-                                           row=datasets.Value("int64"))))
-        except datasets.exceptions.DatasetGenerationError as error:
-            if isinstance(error.__cause__, ValueError):
-                raise error.__cause__ from None
-            raise
-    raw = datasets.concatenate_datasets(parts)
     features = datasets.Features(
-        source=raw.features["source"], row=raw.features["row"], answer=datasets.Value("string"),
+        source=datasets.Value("int16"), row=datasets.Value("int64"), answer=datasets.Value("string"),
         **{k: datasets.List(datasets.Value("bool" if "targets" in k else "int32"))
            for k in (PAIR_LISTS if pairs else ("input_ids", "targets"))},
         **({k: datasets.Value("float64") for k in ("score_chosen", "score_rejected")} if pairs else {}),
         length=datasets.Value("int32"), n_targets=datasets.Value("int32"), cut=datasets.Value("int32"),
-        turns=datasets.Value("int32"), messages_json=datasets.Value("string"), key=datasets.Value("string"),
-        reason=datasets.Value("string"))
-    workers = 1 if len(raw) < 2000 else num_proc or os.cpu_count()
-    done = raw.map(encode_pair_row if pairs else encode_row, fn_kwargs=settings,
-                   num_proc=workers if workers > 1 else None, remove_columns=["raw"], features=features,
-                   desc="encode", new_fingerprint="encoded", cache_file_name=str(work / "encoded.arrow"))
+        turns=datasets.Value("int32"), messages_json=datasets.Value("string"))
+    order, wanted, parts, start = kept[permutation(len(kept), seed)], max_examples or len(kept), [], 0
+    while start < len(order) and (left := wanted - sum(map(len, parts))) > 0:               # refused ones are replaced
+        ids = order[start:start + left]
+        for path in in_chunks(functools.partial(encode_chunk, store, ids, pairs, settings, features.arrow_schema),
+                              len(ids), work, f"encode-{start}", num_proc):
+            part = datasets.Dataset.from_file(str(path))
+            with pyarrow.memory_map(str(path)) as f:
+                refused = json.loads(pyarrow.ipc.open_stream(f).schema.metadata[b"refused"])
+            for i, reason in refused:
+                refusals.add(i, reason)
+            parts += [part] if len(part) else []
+        start += len(ids)
+    refusals.check(bad_rows, len(parts))
+    made = datasets.concatenate_datasets(parts)
 
-    zero = dict(examples=0, tokens=0, targets=0, turns=0, duplicates=0, truncated=0, cut=0, refused=0)
-    stats = {"sources": {}, "total": dict(zero)}
-    lines = [dict(zero) | {"reasons": {}} for _ in parsed]
-    seen, kept = set(), []
-    for i, (source, row, key, reason) in enumerate(zip(*(done[c] for c in ("source", "row", "key", "reason")))):
-        line = lines[source]
-        if reason:
-            line["refused"] += 1
-            line["reasons"].setdefault(reason, [0, f"{parsed[source].name}:{row}"])[0] += 1
-        elif key in seen:
-            line["duplicates"] += 1
-        else:
-            seen.add(key)
-            kept.append(i)
-    bad = [f"{where}: {reason} ({n} such row(s))" for line in lines for reason, (n, where) in
-           line["reasons"].items()]
-    bad_rows = "stop" if any("--min-gap needs" in b for b in bad) else bad_rows
-    if bad and (bad_rows == "stop" or not kept):
-        raise ValueError(("--data: no row is left" if not kept else "--data: stopped at bad rows") + ":\n" + "\n".join(bad))
-    order = np.asarray(kept)[permutation(len(kept), seed)][:max_examples]
-    done = done.select(order)
-    for source, length, n, cut, t in zip(*(done[c] for c in ("source", "length", "n_targets", "cut", "turns"))):
-        for key, value in dict(examples=1, tokens=length, targets=n, turns=t, truncated=cut > 0, cut=cut).items():
-            lines[source][key] += int(value)
+    columns = ("source", "length", "n_targets", "cut", "turns") + ("score_chosen", "score_rejected") * pairs
+    of = {k: made.data.column(k).to_numpy() for k in columns}
+    lines = [summary({k: v[of["source"] == s] for k, v in of.items()}) | dict(
+        duplicates=int(duplicates[s]), reasons=refusals.of(s), refused=sum(n for n, _ in refusals.reasons[s].values()))
+        for s in range(len(parsed))]
+    stats = {"sources": {}, "total": summary(of)}
     for source, line in zip(parsed, lines):
         name = source.name
         while name in stats["sources"]:
             name += "'"
         stats["sources"][name] = line
-        for key in zero:
-            stats["total"][key] += line[key]
-    return Prepared(done.remove_columns(["key", "reason", "cut", "turns"]).flatten_indices(
-        cache_file_name=str(work / "flat.arrow"), new_fingerprint="flat"), stats)
+    for key in ("duplicates", "refused"):
+        stats["total"][key] = sum(line[key] for line in lines)
+    return Prepared(made.remove_columns(["cut", "turns"]), stats)
+
+
+def summary(of: dict) -> dict:
+    """Counts and percentiles of rows, {"length", "n_targets", "cut", "turns", score_..}: (n,) each."""
+    n, length = len(of["length"]), of["length"]
+    out = dict(examples=n, tokens=int(length.sum()), targets=int(of["n_targets"].sum()), turns=int(of["turns"].sum()),
+               truncated=int((of["cut"] > 0).sum()), cut=int(of["cut"].sum()))
+    out |= {f"p{q}": int(np.percentile(length, q)) if n else 0 for q in (50, 90, 99, 100)}
+    if "score_chosen" in of:
+        chosen, gaps = of["score_chosen"], gap(of["score_chosen"], of["score_rejected"])
+        for name, x in (("rating", chosen[~np.isnan(chosen)]), ("gap", gaps[~np.isnan(gaps)])):
+            out |= {f"{name}s": len(x), f"mean_{name}": float(x.mean()) if len(x) else None}
+    return out
 
 
 def stats_table(stats: dict) -> str:
-    """The paper's table: examples and tokens per source, absolute and percent, and all that was left out."""
-    total = stats["total"]
-    head = ("source", "examples", "%", "tokens", "%", "targets", "turns", "duplicates", "truncated",
-            "tokens cut", "refused")
-    rows = [head]
+    """The paper's table: examples and tokens per source, absolute and percent, lengths, and all that was left out;
+    of pairs, how many have a rating and a gap, and their means on the scale of 1 to 10."""
+    total, scored = stats["total"], "ratings" in stats["total"]
+    head = ("source", "examples", "%", "tokens", "%", "targets", "turns", "p50", "p90", "p99", "longest", "duplicates",
+            "truncated", "tokens cut", "refused") + ("rated", "rating", "gaps", "gap") * scored
+    rows, mean = [head], lambda x: "-" if x is None else f"{x:.2f}"
     for name, s in [*stats["sources"].items(), ("total", total)]:
         n = max(1, s["examples"])
         rows.append((name, f"{s['examples']:,}", f"{100 * s['examples'] / max(1, total['examples']):.1f}",
                      f"{s['tokens']:,}", f"{100 * s['tokens'] / max(1, total['tokens']):.1f}",
-                     f"{s['targets']:,}", f"{s['turns'] / n:.1f}", f"{s['duplicates']:,}",
-                     f"{s['truncated']:,}", f"{s['cut']:,}", f"{s['refused']:,}"))
+                     f"{s['targets']:,}", f"{s['turns'] / n:.1f}", *(f"{s[f'p{q}']:,}" for q in (50, 90, 99, 100)),
+                     *(f"{s[k]:,}" for k in ("duplicates", "truncated", "cut", "refused")),
+                     *((f"{s['ratings']:,}", mean(s["mean_rating"]), f"{s['gaps']:,}", mean(s["mean_gap"])) if scored else ())))
     widths = [max(len(r[c]) for r in rows) for c in range(len(head))]
     text = ["  ".join(x.ljust(w) if c == 0 else x.rjust(w) for c, (x, w) in enumerate(zip(r, widths)))
             for r in rows]
