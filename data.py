@@ -1160,6 +1160,119 @@ def pack(lengths, max_length: int, packing: str = "bfd") -> Rows:
     return Rows(*(np.asarray(x, dtype=np.int64) for x in (offsets + [len(doc)], doc, start, end)))
 
 
+# -------------------------------------------------------------------------------------- duplicates, contamination
+NEAR, GRAM, BENCHMARK_GRAM = 0.8, 5, 13   # Jaccard of word 5-grams; words shared with a benchmark's prompt
+BANDS, BAND_ROWS = 16, 8           # MinHash: P(found) = 1 - (1 - J^8)^16: 0.95 at J = 0.8, 0.99 at 0.85, 0.24 at 0.6
+
+
+def grams(text: str, n: int) -> set[str]:
+    """Word n-grams of a text, lower-cased, without punctuation; a shorter text is one gram, whole."""
+    words = re.findall(r"\w+", canonical(text).lower())
+    return {" ".join(words[i:i + n]) for i in range(len(words) - n + 1)} or {" ".join(words) or canonical(text)}
+
+
+def shingles(line: dict) -> list[set[str]]:
+    """Word 5-grams of what must be near in each part: a conversation as one, or a pair's prompt, chosen and rejected
+    (a long prompt with another answer is no duplicate)."""
+    return [grams("\n".join(m["content"] for m in part), GRAM)
+            for part in ([line["messages"]] if "messages" in line else [line["prompt"], line["chosen"], line["rejected"]])]
+
+
+def jaccard(a: list[set], b: list[set]) -> float:
+    """min over the parts of |A & B| / |A | B|. {1, 2, 3} and {2, 3, 4}: 0.5"""
+    return min(len(x & y) / len(x | y) for x, y in zip(a, b))
+
+
+def band_keys(store: Converted, ids, start: int, stop: int, file) -> None:
+    """MinHash signatures of rows ids[start:stop], each band hashed to one number: (rows, BANDS) uint64."""
+    from rensa import RMinHash
+    mix = np.random.default_rng(0).integers(1, 2 ** 63, BAND_ROWS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    out = np.empty((stop - start, BANDS * BAND_ROWS), dtype=np.uint64)
+    for r, line in enumerate(store.lines(ids[start:stop])):
+        h = RMinHash(num_perm=BANDS * BAND_ROWS, seed=42)
+        h.update([f"{part} {gram}" for part, found in enumerate(shingles(json.loads(line))) for gram in found])
+        out[r] = h.digest()
+    np.save(file, (out.reshape(-1, BANDS, BAND_ROWS) * mix).sum(-1, dtype=np.uint64))       # wraps; equal stays equal
+
+
+def near_duplicates(store: Converted, ids, folder: Path, num_proc: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """For each row of `ids` the earliest *kept* row that it is near to, its own number if none, and their Jaccard.
+
+    Candidates share a band of their MinHash; each is verified by exact Jaccard, in order, so that a row is dropped
+    only for one that stays. (n,) int64 into ids, (n,) float."""
+    from tqdm import tqdm
+    keys = np.concatenate([np.load(p) for p in in_chunks(functools.partial(band_keys, store, ids), len(ids), folder,
+                                                         "minhash", num_proc)])              # (n, BANDS)
+    members, buckets = [], []                               # rows that share a band with another, and which
+    for band in range(BANDS):
+        order = np.argsort(keys[:, band], kind="stable")
+        run = np.cumsum(np.append(False, keys[order[1:], band] != keys[order[:-1], band]))   # (n,) equal keys, one run
+        many = np.bincount(run)[run] > 1
+        members.append(order[many]), buckets.append(run[many] * BANDS + band)
+    members, buckets = np.concatenate(members), np.concatenate(buckets)
+    order = np.argsort(members, kind="stable")
+    members, buckets = members[order], buckets[order]
+    first, likeness, open_rows = np.arange(len(ids)), np.ones(len(ids)), {}
+    read = functools.lru_cache(10_000)(lambda i: shingles(json.loads(next(store.lines([ids[i]])))))
+    starts = np.flatnonzero(np.append(True, members[1:] != members[:-1]))[:len(members)]
+    for a, b in zip(tqdm(starts, desc="verify", unit="row"), np.append(starts[1:], len(members))):
+        row, mine = int(members[a]), buckets[a:b].tolist()
+        for other in sorted({i for bucket in mine for i in open_rows.get(bucket, ())}):
+            j = jaccard(read(row), read(other))
+            if j >= NEAR:
+                first[row], likeness[row] = other, j
+                break
+        else:
+            for bucket in mine:
+                open_rows.setdefault(bucket, []).append(row)
+    return first, likeness
+
+
+def write_lines(path: Path, lines) -> None:
+    """Bytes lines into a file that is whole or not there."""
+    with open(f"{path}.writing", "wb") as f:
+        f.writelines(lines)
+    os.replace(f"{path}.writing", path)
+
+
+def write_report(out: Path, report: dict) -> dict:
+    write_lines(out / "report.json", [json.dumps(report, indent=1).encode()])
+    return report
+
+
+def dedup(store: Converted, work: Path, out: Path, args) -> dict:
+    """Exact and, with --near, near duplicates within and across sources; the first in the order given stays."""
+    good = np.flatnonzero(~store.index["refused"])
+    first, kind, likeness = first_of_equal(store.index["key"][good]), np.zeros(len(good), dtype="<U5"), np.ones(len(good))
+    exact = first != np.arange(len(good))
+    kind[exact] = "exact"
+    if args.near:
+        unique = np.flatnonzero(~exact)
+        near, j = near_duplicates(store, good[unique], work, args.num_proc)
+        dropped = near != np.arange(len(unique))
+        first[unique], likeness[unique], kind[unique[dropped]] = unique[near], j, "near"
+        first, likeness[exact] = first[first], likeness[first[exact]]     # an exact copy of a row that is near to a third
+    write_lines(out / "rows.jsonl", store.lines(good[kind == ""]))
+    clusters, seen = {}, np.flatnonzero(kind != "")
+    for i in seen:
+        clusters.setdefault(int(first[i]), []).append({"row": store.where(good[i]), "kind": str(kind[i]),
+                                                       "jaccard": round(float(likeness[i]), 4)})
+    texts = lambda i: json.loads(next(store.lines([good[i]])))
+    write_lines(out / "clusters.jsonl", (json.dumps({"kept": store.where(good[i]), "dropped": found}).encode() + b"\n"
+                                         for i, found in sorted(clusters.items())))
+    largest = sorted(clusters, key=lambda i: (-len(clusters[i]), i))[:args.examples]
+    examples = [{"kept": store.where(good[i]), "row": texts(i), "dropped": clusters[i][:5]} for i in largest]
+    source = store.index["source"][good]
+    table = {f"{s}:{name}": {k or "kept": int((kind[source == s] == k).sum()) for k in ("", "exact", "near")}
+             for s, name in enumerate(store.names)}
+    for name, line in table.items():
+        print(f"{name:40} kept {line['kept']:,}, exact {line['exact']:,}, near {line['near']:,}")
+    for e in examples:
+        print(f"  {e['kept']} stands for {len(e['dropped'])}: {json.dumps(e['row'])[:100]}")
+    return {"sources": table, "kept": int((kind == "").sum()), "exact": int(exact.sum()), "near": int((kind == "near").sum()),
+            "clusters": len(clusters), "examples": examples}
+
+
 # --------------------------------------------------------------------------------------------- demo
 DEMO_ROWS = {"demo": {"train": 60000, "test": 400}, "demo-pairs": {"train": 10000, "test": 400}}
 
