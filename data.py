@@ -23,6 +23,7 @@ import fcntl
 import functools
 import gzip
 import hashlib
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -1273,6 +1274,381 @@ def dedup(store: Converted, work: Path, out: Path, args) -> dict:
             "clusters": len(clusters), "examples": examples}
 
 
+def benchmark_prompts(row: dict) -> list[str]:
+    """A benchmark row's prompts: its turns (MT-Bench, Arena-Hard), question, prompt, ..., else its user turns."""
+    for name in ("turns", "question", "prompt", "instruction", "problem", "query"):
+        if isinstance(row.get(name), str):
+            return [row[name]]
+        if isinstance(row.get(name), list) and row[name]:
+            return [t["content"] if isinstance(t, dict) else t for t in row[name]]
+    return [m["content"] for m in to_conversation(row).messages if m["role"] == "user"]
+
+
+def overlaps(store: Converted, ids, benchmark: dict, start: int, stop: int, file) -> None:
+    """[row, its first gram that a benchmark has, where] of rows ids[start:stop], as JSON. What is shorter than 13 words
+    counts whole, and in user turns alone: an answer 'yes' is not a benchmark's question."""
+    found = []
+    for i, line in zip(ids[start:stop], store.lines(ids[start:stop])):
+        line = json.loads(line)
+        said = line.get("messages") or line["prompt"] + line["chosen"] + line["rejected"]
+        hits = [g for m in said for g in grams(m["content"], BENCHMARK_GRAM) if g in benchmark
+                and (m["role"] == "user" or g.count(" ") == BENCHMARK_GRAM - 1)]
+        if hits:
+            found.append([int(i), min(hits), benchmark[min(hits)]])
+    file.write(json.dumps(found).encode())
+
+
+def decontaminate(store: Converted, work: Path, out: Path, args) -> dict:
+    """Rows that share 13 words in a row with a benchmark's prompt, in hits.jsonl; with --remove all others in rows.jsonl."""
+    benchmark, prompts = {}, 0
+    for source in check_sources(args.against):
+        for n, row in load_source(source):
+            for text in benchmark_prompts(row):
+                prompts += 1
+                for gram in grams(text, BENCHMARK_GRAM):
+                    benchmark.setdefault(gram, f"{source.name}:{n}")
+    good = np.flatnonzero(~store.index["refused"])
+    hits = [hit for path in in_chunks(functools.partial(overlaps, store, good, benchmark), len(good), work, "overlap",
+                                      args.num_proc) for hit in json.loads(path.read_text())]
+    write_lines(out / "hits.jsonl", (json.dumps({"row": store.where(i), "benchmark": where, "shared": gram}).encode() + b"\n"
+                                     for i, gram, where in hits))
+    clean = np.setdiff1d(good, [i for i, *_ in hits])
+    if args.remove:
+        write_lines(out / "rows.jsonl", store.lines(clean))
+    table = {f"{s}:{name}": int(sum(store.index["source"][i] == s for i, *_ in hits)) for s, name in enumerate(store.names)}
+    examples = [{"row": store.where(i), "benchmark": where, "shared": gram} for i, gram, where in hits[:args.examples]]
+    print(f"{len(hits):,} of {len(good):,} rows share {BENCHMARK_GRAM} words in a row with one of {prompts:,} prompts"
+          + ("; removed" if args.remove else "; --remove leaves them out"))
+    for e in examples:
+        print(f"  {e['row']} and {e['benchmark']}: {e['shared']}")
+    return {"rows": len(good), "prompts": prompts, "hits": len(hits), "removed": len(hits) * args.remove, "sources": table,
+            "examples": examples}
+
+
+# ---------------------------------------------------------------------------------------------- selection
+def highest(values, budget: int) -> np.ndarray:
+    """Indices of the `budget` highest values, highest first; ties in the order given; NaN, a missing one, never.
+    Longest, AlpaGasus (chosen's rating) and Argilla (score difference) are this rule. 1, NaN, 3, 3: 2, 3, 0."""
+    values = np.asarray(values, dtype=float)
+    return np.argsort(-values, kind="stable")[:np.count_nonzero(~np.isnan(values))][:budget]
+
+
+def a2(chosen, rejected, budget: int, least: float = 2.0, width: float = 1.0) -> np.ndarray:
+    """LIONs' A2: pairs whose score difference is at least `least`, in bins of difference [least + k width, ...), the same
+    quota of each bin, by the highest chosen score; what a bin cannot fill goes to the others.
+
+    Rounds: the best of each bin, the second best of each, ..., the bin of larger differences first, until `budget`.
+    Ties in the order given; a missing score (NaN) never. (n,), (n,) -> indices in that order. Scores (9, 1), (9, 1),
+    (7, 5), (8, 6), (9, 8), budget 3: 0, 3, 1."""
+    chosen, gaps = np.asarray(chosen, dtype=float), gap(chosen, rejected)
+    fit = np.flatnonzero(gaps >= least)                                                      # NaN compares false
+    bins = np.floor(np.round((gaps[fit] - least) / width, 9)).astype(int)
+    best = np.lexsort((fit, -chosen[fit], bins))                                             # by bin, then chosen, then order
+    new = np.append(True, bins[best][1:] != bins[best][:-1])[:len(best)]
+    place = np.arange(len(best)) - np.maximum.accumulate(np.where(new, np.arange(len(best)), 0))     # within its bin
+    return fit[best[np.lexsort((-bins[best], place))]][:budget]
+
+
+def cosine(a, b) -> float:
+    """Cosine similarity of two vectors, in float64."""
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    return float((a * b).sum() / (np.sqrt((a * a).sum()) * np.sqrt((b * b).sum())))
+
+
+def diverse(embeddings, order, budget: int, most: float = 0.9, block: int = 1024) -> list[int]:
+    """DEITA's greedy (2312.15685, repr filter): in the order given, keep an item while its largest cosine similarity to
+    all kept ones is at most `most`, until `budget`.
+
+    Similarities come by blocks, in float32; what lies within 1e-4 of `most` is decided by `cosine`, so that the result
+    is that of one at a time. embeddings (n, D), order (m,) indices, best first. Returns the kept ones, in order."""
+    kept, units = [], np.empty((min(budget, len(order)), np.shape(embeddings)[1]), dtype=np.float32)
+    for a in range(0, len(order), block):
+        ids = np.asarray(order[a:a + block])
+        x = np.asarray(embeddings[ids], dtype=np.float32)
+        norms = np.linalg.norm(x, axis=1, keepdims=True)
+        if not (np.isfinite(norms) & (norms > 0)).all():
+            raise ValueError(f"an embedding is zero or not finite: row {ids[np.argmin(np.isfinite(norms) & (norms > 0))]}")
+        x /= norms                                                                           # (B, D)
+        before, inside, new = x @ units[:len(kept)].T, x @ x.T, []                           # (B, kept), (B, B)
+        old = list(kept)
+        for j, i in enumerate(ids):
+            similar = np.concatenate([before[j], inside[j, new]])
+            if similar.max(initial=-1) > most - 1e-4:
+                if similar.max() > most + 1e-4:
+                    continue
+                near = np.flatnonzero(similar > most - 1e-4)
+                both = old + [ids[k] for k in new]
+                if any(cosine(embeddings[i], embeddings[both[k]]) > most for k in near):
+                    continue
+            units[len(kept)] = x[j]
+            kept.append(int(i)), new.append(j)
+            if len(kept) == budget:
+                return kept
+    return kept
+
+
+# DEITA's scorers read these words; they are the models' own
+DEITA = {"complexity": "You are a helpful assistant. Please identify the complexity score of the following user query. \n"
+                       "##Query: {instruction}  \n##Complexity: ",
+         "quality": "You are a helpful assistant. Please identify the quality score of the Response corresponding to the "
+                    "Question. \n #Question#:\n{instruction}\n#Response#:\n{output} \n##Quality: "}
+
+
+def load_scorer(name: str, kind: str, trust_remote_code: bool = False):
+    """(tokenizer, model, a hash of what they are) of a reward model ("reward"), or of a causal LM ("rating",
+    "embedding"). A model that asks for code from its folder, or whose weights lack its head, is refused by name."""
+    import transformers
+    config = transformers.PreTrainedConfig.get_config_dict(name)[0]
+    if config.get("auto_map") and not trust_remote_code:
+        raise ValueError(f"{name} needs code from its own folder ({', '.join(config['auto_map'])}), which is not supported "
+                         "without --trust-remote-code: it would run here")
+    trust = dict(trust_remote_code=True) if trust_remote_code else {}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **trust)
+    make = transformers.AutoModelForSequenceClassification if kind == "reward" else transformers.AutoModelForCausalLM
+    model, info = make.from_pretrained(name, use_safetensors=True, output_loading_info=True, **trust)
+    if info["missing_keys"]:
+        raise ValueError(f"{name}: no weights for {sorted(info['missing_keys'])[:3]}; it is no {kind} model of this kind")
+    if kind == "reward" and model.config.num_labels != 1:
+        raise ValueError(f"--rm {name}: {model.config.num_labels} outputs; a reward model has one")
+    if kind == "reward" and not tokenizer.chat_template:
+        raise ValueError(f"--rm {name}: its tokenizer has no chat template to render a conversation with")
+    digest = hashlib.sha256(json.dumps([kind, name, getattr(model.config, "_commit_hash", None)]).encode())
+    for path in sorted(Path(name).glob("*.*")) if os.path.isdir(name) else []:
+        hash_file(digest, path)
+    return tokenizer, model.eval(), digest.hexdigest()[:16]
+
+
+def score_batch(tokenizer, model, kind: str, rows: list[list[int]], pad: int) -> list:
+    """One value for each row of ids, right-padded. reward: the model's one output. rating: DEITA's sum over k = 1..6 of
+    k softmax(logits of "1".."6")_k at the first generated position. embedding: the last token's last hidden state."""
+    import torch
+    width = max(map(len, rows))
+    x = torch.tensor([r + [pad] * (width - len(r)) for r in rows], device=model.device)
+    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=model.device)
+    last = torch.tensor([len(r) - 1 for r in rows], device=model.device)
+    with torch.no_grad():
+        if kind == "reward":
+            return model(input_ids=x, attention_mask=mask).logits[:, 0].double().tolist()
+        hidden = model.base_model(input_ids=x, attention_mask=mask).last_hidden_state[range(len(rows)), last]    # (B, D)
+        if kind == "embedding":
+            return [base64.b64encode(h.float().cpu().numpy().tobytes()).decode() for h in hidden]
+        digits = model.get_output_embeddings()(hidden)[:, tokenizer.convert_tokens_to_ids(list("123456"))].double()
+        return (digits.softmax(-1) @ torch.arange(1, 7, dtype=torch.double, device=digits.device)).tolist()
+
+
+def score_texts(scorer, kind: str, texts: list[str], folder: Path, batch_tokens: int) -> list:
+    """score_batch of every text, by batches of like length, kept in a file as they come: what is there is not computed
+    again. None for a text that is longer than the model reads; ValueError for a value that is not finite."""
+    import torch
+    from tqdm import tqdm
+    tokenizer, model, key = scorer
+    folder.mkdir(parents=True, exist_ok=True)
+    path, done = folder / f"{kind}-{key}.jsonl", {}
+    name = lambda text: hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    whole = 0
+    with open(path, "ab+") as f:
+        f.seek(0)
+        for line in f:
+            if line.endswith(b"\n"):
+                done.update([json.loads(line)])
+                whole += len(line)
+        f.truncate(whole)                                   # a torn last line
+        todo = list(dict.fromkeys(text for text in texts if name(text) not in done))
+        ids = [tokenizer(t, add_special_tokens=kind != "reward").input_ids for t in tqdm(todo, desc="tokenise")]
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        pad = tokenizer.pad_token_id
+        padded = pad is not None and pad != tokenizer.eos_token_id
+        model.config.pad_token_id = pad if padded else -1   # a classifier reads the last token that is no padding:
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        order = sorted((i for i in range(len(todo)) if len(ids[i]) <= limit), key=lambda i: -len(ids[i]))
+        with tqdm(total=len(texts), initial=len(texts) - len(order), desc=kind, unit="text") as bar:
+            while order:
+                n = max(1, batch_tokens // len(ids[order[0]]))
+                part = [i for i in order[:n] if padded or len(ids[i]) == len(ids[order[0]])]     # else equal lengths only
+                order = order[len(part):]
+                values = score_batch(tokenizer, model, kind, [ids[i] for i in part], pad if padded else 0)
+                for i, value in zip(part, values):
+                    if isinstance(value, float) and not math.isfinite(value):
+                        raise ValueError(f"{kind}: the model gives {value} for {todo[i][:80]!r}; try float32 weights")
+                    done[name(todo[i])] = value
+                f.write(b"".join(json.dumps([name(todo[i]), v]).encode() + b"\n" for i, v in zip(part, values)))
+                f.flush(), bar.update(len(part))
+    return [done.get(name(text)) for text in texts]
+
+
+def answered(line: dict) -> list[dict]:
+    """The conversation that SFT-style selection looks at: all turns, or a pair's prompt and chosen answer."""
+    return line.get("messages") or line["prompt"] + line["chosen"]
+
+
+def answer_lengths(store: Converted, ids, tokenizer, start: int, stop: int, file) -> None:
+    """Tokens of what is trained in rows ids[start:stop]: the assistant's turns, the last alone in pairs and the like."""
+    out = []
+    for line in map(json.loads, store.lines(ids[start:stop])):
+        said = [m["content"] for m in answered(line) if m["role"] == "assistant"]
+        said = said[-1:] if "chosen" in line or line.get("last_only") else said
+        out.append(sum(map(len, tokenizer(said, add_special_tokens=False).input_ids)))
+    np.save(file, np.array(out, dtype=np.int64))
+
+
+def deita_scores(store: Converted, ids, args) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) sum over turns of complexity x quality, NaN where a turn is too long to score; (n, D) embeddings, zero there."""
+    lines, texts, owner = map(json.loads, store.lines(ids)), {"complexity": [], "quality": []}, []
+    whole = []
+    for r, line in enumerate(lines):
+        said = answered(line)
+        whole.append("\n".join(f"{m['role']}: {m['content']}" for m in said))
+        for question, answer in zip(said, said[1:]):
+            if answer["role"] == "assistant" and question["role"] == "user":
+                owner.append(r)
+                for kind in texts:
+                    texts[kind].append(DEITA[kind].format(instruction=question["content"], output=answer["content"]))
+    scores, folder = [], cache_folder(args.cache_dir) / "scores"
+    for kind, name in (("complexity", args.complexity_model), ("quality", args.quality_model)):
+        found = score_texts(load_scorer(name, "rating", args.trust_remote_code), "rating", texts[kind], folder, args.batch_tokens)
+        scores.append(np.array([np.nan if x is None else x for x in found]))
+    total = np.zeros(len(ids))
+    np.add.at(total, owner, scores[0] * scores[1])
+    found = score_texts(load_scorer(args.embedding_model, "embedding", args.trust_remote_code), "embedding", whole, folder,
+                        args.batch_tokens)
+    vectors = [x and np.frombuffer(base64.b64decode(x), dtype=np.float32) for x in found]
+    total[[v is None for v in vectors]] = np.nan
+    size = next((len(v) for v in vectors if v is not None), 1)
+    return total, np.stack([np.zeros(size, dtype=np.float32) if v is None else v for v in vectors])
+
+
+def select(store: Converted, work: Path, out: Path, args) -> dict:
+    """--budget rows by --method, in rows.jsonl with their selection_score, best first; select.png: before and after."""
+    good = np.flatnonzero(~store.index["refused"])
+    good = good[first_of_equal(store.index["key"][good]) == np.arange(len(good))]
+    chosen, rejected = (store.index[k][good] for k in ("score_chosen", "score_rejected"))
+    gaps, method = gap(chosen, rejected), args.method
+    needs = {"alpagasus": chosen, "argilla": gaps, "a2": gaps}.get(method)
+    if needs is not None and np.isnan(needs).all():
+        raise ValueError(f"--method {method}: none of the {len(good)} rows has the ratings that it needs; read preference "
+                         "rows (--pairs) with scores, or annotate them first (python data.py annotate)")
+    score, order = needs, None
+    if method == "random":
+        order = permutation(len(good), args.seed)[:args.budget]
+    elif method == "longest":
+        from transformers import AutoTokenizer
+        tokenizer = demo_tokenizer() if args.model == "demo" else AutoTokenizer.from_pretrained(args.model)
+        score = np.concatenate([np.load(p) for p in in_chunks(functools.partial(answer_lengths, store, good, tokenizer),
+                                                              len(good), work, "lengths", args.num_proc)]).astype(float)
+    elif method == "deita":
+        score, vectors = deita_scores(store, good, args)
+        order = np.array(diverse(vectors, highest(score, len(score)), args.budget), dtype=int)
+    elif method == "a2":
+        order = a2(chosen, rejected, args.budget)
+    order = highest(score, args.budget) if order is None else order
+    missing = 0 if score is None else int(np.isnan(score).sum())
+    if len(order) < args.budget:
+        print(f"{method}: {len(order):,} rows, fewer than --budget {args.budget:,}: of {len(good):,} rows {missing:,} have no "
+              "score, the others are left out by the rule")
+    write_lines(out / "rows.jsonl", (json.dumps(json.loads(line) | {"selection_score": None if score is None else float(score[i])})
+                                     .encode() + b"\n" for i, line in zip(order, store.lines(good[order]))))
+    named = {"score difference": gaps, "rating of chosen": chosen} if args.pairs else {}
+    named |= {} if score is None or method in ("argilla", "a2", "alpagasus") else {
+        {"longest": "answer tokens", "deita": "complexity x quality"}[method]: score}
+    figure(out / "select.png", [(name, "share of rows", {"before": x, f"after {method}": x[order]}) for name, x in named.items()])
+    means = {name: [float(np.nanmean(x)) if (~np.isnan(x)).any() else None for x in (x, x[order])] for name, x in named.items()}
+    for name, (before, after) in means.items():
+        print(f"{name}: mean {before if before is None else round(before, 3)} before, {after if after is None else round(after, 3)} after")
+    report = {"method": method, "rows": len(good), "without_score": missing, "selected": len(order), "means": means}
+    if method == "a2":
+        bins, counts = np.unique(np.floor(gaps[order]).astype(int), return_counts=True)
+        report["bins"] = {f"{b}..{b + 1}": int(n) for b, n in zip(bins, counts)}
+        print("pairs a bin of score difference:", report["bins"])
+    return report
+
+
+def figure(path: Path, panels: list[tuple]) -> None:
+    """One PNG. A panel is (x label, y label, {name: values}): histograms on the same bins, as shares, or bars by name
+    where a value is one number; a pair of arrays is points."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    fig, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(5.5 * max(1, len(panels)), 4), squeeze=False)
+    for ax, (xlabel, ylabel, series) in zip(axes[0], panels):
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        if all(isinstance(v, tuple) for v in series.values()):
+            for name, (x, y) in series.items():
+                ax.plot(x, y, "." if len(x) > 2 else "-", ms=3, label=name)
+        elif all(np.ndim(v) == 0 for v in series.values()):
+            ax.barh(range(len(series)), list(series.values()))
+            ax.set_yticks(range(len(series)), [Path(name).name for name in series])
+            ax.invert_yaxis()
+            continue
+        else:
+            series = {k: np.asarray(v)[~np.isnan(v)] for k, v in series.items()}
+            edges = np.histogram_bin_edges(np.concatenate(list(series.values())) if any(map(len, series.values())) else [0, 1], 30)
+            for name, x in series.items():
+                ax.hist(x, edges, weights=np.full(len(x), 1 / max(1, len(x))), histtype="stepfilled", alpha=0.5,
+                        label=f"{name} (n = {len(x):,})")
+        ax.legend()
+    fig.tight_layout()
+    fig.savefig(f"{path}.writing", dpi=120, format="png")
+    pyplot.close(fig)
+    os.replace(f"{path}.writing", path)
+
+
+# --------------------------------------------------------------------------------------------- annotation
+def fit_ratings(rewards, ratings, degree: int) -> tuple[float, float, np.ndarray]:
+    """(low, high, c): the least-squares map from a reward r onto known ratings, sum_k c_k z^k with
+    z = (r - low) / (high - low), low and high the extremes of all rewards (LIONs: rescaled, then fitted).
+
+    rewards (n,) all of them; ratings (n,), NaN where unknown. Rewards 0, 2, 4 with ratings 1, 3, NaN, degree 1: z is
+    0, 0.5, 1, so c = (1, 4)."""
+    rewards, ratings = np.asarray(rewards, dtype=float), np.asarray(ratings, dtype=float)
+    known = ~np.isnan(ratings) & ~np.isnan(rewards)
+    low, high = np.nanmin(rewards, initial=np.inf), np.nanmax(rewards, initial=-np.inf)
+    if not known.any():
+        raise ValueError("annotate: no row has a rating to fit the rewards to; add a rated source to --data")
+    if len(np.unique(ratings[known])) < 2:
+        raise ValueError(f"annotate: all {known.sum()} known ratings are {ratings[known][0]:g}; a constant column fits nothing")
+    if len(np.unique(rewards[known])) <= degree:
+        raise ValueError(f"annotate: {len(np.unique(rewards[known]))} different rewards among the rated answers; a fit of "
+                         f"--degree {degree} needs {degree + 1}")
+    z = (rewards[known] - low) / (high - low)
+    return float(low), float(high), np.polynomial.polynomial.polyfit(z, ratings[known], degree)
+
+
+def annotate(store: Converted, work: Path, out: Path, args) -> dict:
+    """Both answers of every pair scored by --rm, mapped onto the ratings that are known; known ratings stay."""
+    good = np.flatnonzero(~store.index["refused"])
+    scorer = load_scorer(args.rm, "reward", args.trust_remote_code)
+    texts = [render(scorer[0], line["prompt"] + line[which]) for which in ("chosen", "rejected")
+             for line in map(json.loads, store.lines(good))]
+    found = score_texts(scorer, "reward", texts, cache_folder(args.cache_dir) / "scores", args.batch_tokens)
+    rewards = np.array([np.nan if x is None else x for x in found]).reshape(2, -1)           # (2, n) chosen, rejected
+    ratings = np.stack([store.index[k][good] for k in ("score_chosen", "score_rejected")])   # (2, n)
+    low, high, c = fit_ratings(rewards.ravel(), ratings.ravel(), args.degree)
+    raw = np.polynomial.polynomial.polyval((rewards - low) / (high - low), c)
+    predicted, known = np.clip(raw, 1, 10), ~np.isnan(ratings) & ~np.isnan(rewards)
+    final = np.where(np.isnan(ratings), predicted, ratings)
+
+    def lines():
+        for k, line in enumerate(map(json.loads, store.lines(good))):
+            for s, which in enumerate(("chosen", "rejected")):
+                value = [None if np.isnan(x[s, k]) else float(x[s, k]) for x in (final, rewards)]
+                line |= {f"score_{which}": value[0], f"reward_{which}": value[1], f"annotated_{which}": bool(np.isnan(ratings[s, k]))}
+            yield json.dumps(line).encode() + b"\n"
+    write_lines(out / "rows.jsonl", lines())
+    error, both = predicted[known] - ratings[known], ~np.isnan(rewards).any(0)
+    figure(out / "annotate.png", [("rating given", "rating predicted", {
+        "answers": (ratings[known], predicted[known]), "equal": ([1, 10], [1, 10])})])
+    report = {"pairs": len(good), "rated_answers": int(known.sum()), "annotated_answers": int((np.isnan(ratings) & ~np.isnan(rewards)).sum()),
+              "too_long": int(np.isnan(rewards).sum()), "low": low, "high": high, "coefficients": c.tolist(),
+              "clipped": int((raw != predicted)[~np.isnan(raw)].sum()), "mse": float((error ** 2).mean()), "mae": float(np.abs(error).mean()),
+              "agreement": float((rewards[0] > rewards[1])[both].mean()), "ties": int((rewards[0] == rewards[1]).sum())}
+    print(f"{report['pairs']:,} pairs: the reward model agrees with the label on {report['agreement']:.2%} ({report['ties']} ties)\n"
+          f"rating = sum of {[round(x, 4) for x in c]} x z^k, z = (reward - {low:g}) / ({high:g} - {low:g}), of degree {args.degree}, "
+          f"fitted on {report['rated_answers']:,} ratings; there, not held out: MSE {report['mse']:.3f}, MAE {report['mae']:.3f}\n"
+          f"{report['annotated_answers']:,} answers annotated, {report['clipped']:,} predictions clipped to 1..10, "
+          f"{report['too_long']:,} answers too long for the model and left without a score")
+    return report
+
+
 # --------------------------------------------------------------------------------------------- demo
 DEMO_ROWS = {"demo": {"train": 60000, "test": 400}, "demo-pairs": {"train": 10000, "test": 400}}
 
@@ -1362,26 +1738,22 @@ def marked(input_ids, targets, tokenizer, colour: bool) -> str:
     return out
 
 
-def main(argv=None) -> dict:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("command", choices=["show", "stats"])
-    p.add_argument("--data", nargs="+", help="NAME[:split][=fraction], several; None: the demo's")
-    p.add_argument("--pairs", action="store_true", help="read preference rows")
-    p.add_argument("--max-prompt-length", type=int, default=512, help="prompt tokens that a cut pair keeps")
-    p.add_argument("--model", default="demo", help="whose tokenizer: Hub id, folder, or demo")
-    p.add_argument("--chat-template", default="chatml", help="chatml, tokenizer or a jinja file")
-    p.add_argument("--loss-on", choices=["assistant", "all"], default="assistant")
-    p.add_argument("--max-length", type=int, default=2048, help="tokens")
-    p.add_argument("--packing", choices=["bfd", "concat", "none"], default="bfd")
-    p.add_argument("--cache-dir", help="None: ~/.cache/lions")
-    p.add_argument("-n", type=int, default=3, help="rows to show")
-    args = p.parse_args(argv)
+def stats_figure(path: Path, made: Prepared, pairs: bool) -> None:
+    of = {k: made.dataset.data.column(k).to_numpy() for k in ("length", "score_chosen", "score_rejected")[:3 if pairs else 1]}
+    panels = [(name, "", {s: line[name] for s, line in made.stats["sources"].items()}) for name in ("examples", "tokens")]
+    panels.append(("tokens a row", "share of rows", {"all sources": of["length"].astype(float)}))
+    if pairs:
+        panels += [("rating", "share of rows", {k: of[f"score_{k}"].astype(float) for k in ("chosen", "rejected")}),
+                   ("score difference", "share of rows", {"all sources": gap(of["score_chosen"], of["score_rejected"])})]
+    figure(path, panels)
+
+
+def show_or_stats(args) -> dict:
     from transformers import AutoTokenizer
     tokenizer = demo_tokenizer() if args.model == "demo" else AutoTokenizer.from_pretrained(args.model)
     template = set_template(tokenizer, args.chat_template)
-    made = prepare(args.data or ["demo-pairs" if args.pairs else "demo"], tokenizer, template,
-                   max_length=args.max_length, loss_on=args.loss_on, cache_dir=args.cache_dir, pairs=args.pairs,
-                   max_prompt_length=args.max_prompt_length)
+    made = prepare(args.data, tokenizer, template, max_length=args.max_length, loss_on=args.loss_on, seed=args.seed,
+                   num_proc=args.num_proc, cache_dir=args.cache_dir, pairs=args.pairs, max_prompt_length=args.max_prompt_length)
     if args.command == "show":
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         for r in made.dataset.select(range(min(args.n, len(made.dataset)))):
@@ -1391,15 +1763,113 @@ def main(argv=None) -> dict:
             for ids, targets in sides:
                 print(marked(ids, targets, tokenizer, colour))
         return made.stats["total"]
+    out = Path(args.output)
+    out.mkdir(parents=True, exist_ok=True)
+    print(stats_table(made.stats))
+    stats_figure(out / "stats.png", made, args.pairs)
+    write_report(out, made.stats)
     if args.pairs:
-        print(stats_table(made.stats))
         return made.stats["total"]
     rows = pack(made.dataset["length"], args.max_length, args.packing)
     n_rows = len(rows.offsets) - 1
     fill = float((rows.end - rows.start).sum() / (n_rows * args.max_length))
-    print(stats_table(made.stats))
     print(f"{args.packing}: {n_rows:,} rows of {args.max_length}, {fill:.2%} full")
     return made.stats["total"] | {"rows": n_rows, "fill": fill}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    commands = p.add_subparsers(dest="command", required=True)
+
+    def command(name: str, help: str, output: bool = True):
+        add = commands.add_parser(name, help=help, description=help, allow_abbrev=False).add_argument
+        add("--data", nargs="+", help="NAME[:split][=fraction] or a mix, several; None: the demo's")
+        if name != "annotate":
+            add("--pairs", action="store_true", help="read preference rows")
+        add("--seed", type=int, default=42, help="of fractions, orders and random selection")
+        add("--num-proc", type=int, help="processes; None: all cores")
+        add("--cache-dir", help="half-done work, prepared rows, scores; None: ~/.cache/lions")
+        if output:
+            add("--output", default=f"runs/{name}", help="folder of report.json, rows.jsonl and pictures")
+        return add
+    for name, help in (("show", "rows with the trained tokens marked"), ("stats", "examples and tokens per source, as a table and a picture")):
+        add = command(name, help, output=name == "stats")
+        add("--max-prompt-length", type=int, default=512, help="prompt tokens that a cut pair keeps")
+        add("--model", default="demo", help="whose tokenizer: Hub id, folder, or demo")
+        add("--chat-template", default="chatml", help="chatml, tokenizer or a jinja file")
+        add("--loss-on", choices=["assistant", "all"], default="assistant")
+        add("--max-length", type=int, default=2048, help="tokens")
+        if name == "show":
+            add("-n", type=int, default=3, help="rows to show")
+        else:
+            add("--packing", choices=["bfd", "concat", "none"], default="bfd")
+    add = command("dedup", "drop duplicates within and across sources; the first in the order given stays")
+    add("--near", action="store_true", help=f"near ones, too: Jaccard of word {GRAM}-grams >= {NEAR} (needs rensa)")
+    add("--examples", type=int, default=5, help="largest clusters that the report shows")
+    add = command("decontaminate", f"rows that share {BENCHMARK_GRAM} words in a row with a benchmark's prompt")
+    add("--against", nargs="+", required=True, help="benchmark files or data sets, as --data")
+    add("--remove", action="store_true", help="write rows.jsonl without them; None: report only")
+    add("--examples", type=int, default=5, help="overlaps that the report shows")
+    add = command("select", "the best --budget rows by a published rule")
+    add("--method", choices=["random", "longest", "alpagasus", "deita", "argilla", "a2"], required=True)
+    add("--budget", type=int, required=True, help="rows to take")
+    add("--model", default="demo", help="longest: whose tokenizer counts, Hub id, folder, or demo (bytes)")
+    for kind, name in (("complexity", "hkust-nlp/deita-complexity-scorer"), ("quality", "hkust-nlp/deita-quality-scorer"),
+                       ("embedding", "mistralai/Mistral-7B-v0.1")):
+        add(f"--{kind}-model", default=name, help=f"deita: causal LM, Hub id or folder; default {name}")
+    models(add)
+    add = command("annotate", "a reward model's scores for pairs, mapped onto the ratings that are known")
+    add("--rm", required=True, help="reward model: a sequence classifier with one output, Hub id or folder")
+    add("--degree", type=int, default=1, help="of the least-squares polynomial from rescaled reward to rating")
+    models(add)
+    return p
+
+
+def models(add) -> None:
+    add("--batch-tokens", type=int, default=16384, help="tokens a batch of a scoring model, padding included")
+    add("--trust-remote-code", action="store_true", help="run code that a model's folder brings; off: such a model is refused")
+
+
+COMMANDS = {"dedup": dedup, "decontaminate": decontaminate, "select": select, "annotate": annotate}
+
+
+def check_flags(args) -> None:
+    """All problems of the flags in one ValueError, before anything is read."""
+    why = [f"--{f.replace('_', '-')} {getattr(args, f)}: must be at least {least}" for f, least in
+           (("budget", 1), ("num_proc", 1), ("batch_tokens", 1), ("degree", 1), ("max_length", 2), ("examples", 0), ("n", 0))
+           if getattr(args, f, None) is not None and getattr(args, f) < least]
+    if getattr(args, "method", None) in ("alpagasus", "argilla", "a2") and not args.pairs:
+        why.append(f"--method {args.method}: goes by the ratings of preference rows; add --pairs")
+    if getattr(args, "near", False) and not importlib.util.find_spec("rensa"):
+        why.append("--near: rensa, the MinHash library, is not installed; pip install rensa==0.5.0 (requirements.txt)")
+    if why:
+        raise ValueError("\n".join(why))
+
+
+def main(argv=None) -> dict:
+    args = parser().parse_args(argv)
+    args.pairs = getattr(args, "pairs", True)
+    check_flags(args)
+    args.data = args.data or ["demo-pairs" if args.pairs else "demo"]
+    if args.command not in COMMANDS:
+        return show_or_stats(args)
+    parsed, out = check_sources(args.data), Path(args.output)
+    flags = {k: v for k, v in vars(args).items() if k not in ("output", "cache_dir", "num_proc")}
+    against = [fingerprint(s) for s in check_sources(getattr(args, "against", []))]
+    key = hashlib.sha256(json.dumps([flags, [fingerprint(s) for s in parsed], against, Path(__file__).read_text()])
+                         .encode()).hexdigest()[:32]
+    out.mkdir(parents=True, exist_ok=True)
+    with work_folder(cache_folder(args.cache_dir) / f"{args.command}-{key}.writing") as work:
+        store = convert(parsed, args.pairs, args.seed, work)
+        refusals = Refusals(store)
+        refusals.check("refuse", int((~store.index["refused"]).sum()))
+        report = COMMANDS[args.command](store, work, out, args)
+    for s, name in enumerate(store.names):
+        report.setdefault("refused", {})[f"{s}:{name}"] = refusals.of(s)
+        for reason, (n, where) in refusals.of(s).items():
+            print(f"  refused in {name}: {n} x {reason} (first: {where})")
+    write_report(out, report | {"flags": vars(args)})
+    return {k: v for k, v in report.items() if k != "examples"} | {"output": str(out)}
 
 
 if __name__ == "__main__":
