@@ -1,16 +1,19 @@
-"""Any conversation or preference source becomes rows of ids and masks: formats, template, dedup, packing.
+"""Any conversation or preference source becomes rows of ids and masks: formats, template, dedup, packing, selection.
 
-One path for everything: source -> conversation (a pair: two that differ in their last turn) -> rendered
-once -> tokenised once with offsets -> ids and a target mask from character spans -> exact dedup across
-sources -> packed rows, or pairs with their common prompt. Nothing is dropped silently: duplicates,
-truncation and refused rows are counted by source and reason.
+One path for everything: source -> conversation (a pair: two that differ in their last turn) -> one line of JSON each ->
+exact dedup across sources -> rendered once -> tokenised once with offsets -> ids and a target mask from character
+spans -> packed rows, or pairs with their common prompt. Nothing is dropped silently: duplicates, truncation and refused
+rows are counted by source and reason. A killed command goes on when called again.
 
-    python data.py show --data FILE.jsonl --model DIR      rows with the trained tokens marked
-    python data.py show --pairs                            both answers of preference pairs
-    python data.py stats --data A.jsonl B.parquet=0.5      examples and tokens per source
+    python data.py show --data FILE.jsonl --model DIR          rows with the trained tokens marked (--pairs: of pairs)
+    python data.py stats --data A.jsonl B.parquet=0.5          examples and tokens per source
+    python data.py dedup --near --data A.jsonl B.jsonl         equal and near rows go, the first stays
+    python data.py decontaminate --against BENCH.jsonl --remove --data A.jsonl
+    python data.py select --pairs --method a2 --budget 10000 --data PAIRS.jsonl
+    python data.py annotate --rm MODEL --data RATED.jsonl UNRATED.jsonl
 
-Sources: a Hub id, .jsonl / .jsonl.gz / .parquet / .csv, a save_to_disk folder, `demo` or `demo-pairs`;
-written NAME[:split][=fraction]. Formats are recognised by their columns (see FORMATS, PAIR_FORMATS).
+Sources: a Hub id, .jsonl / .jsonl.gz / .parquet / .csv, a save_to_disk folder, `demo`, `demo-pairs` or a mix (MIXES);
+written NAME[:split][=fraction]. Formats are recognised by their columns (FORMATS, PAIR_FORMATS, SCALES of ratings).
 """
 from __future__ import annotations
 
@@ -238,8 +241,9 @@ def from_instruction(row):
     return Conversation(ask(f"{row['instruction']}\n\n{given}" if given else row["instruction"], row["output"]))
 
 
-def from_query(row):
-    return Conversation(ask(row["query"], row["response"]))
+def from_response(asked: str, row):
+    """MetaMathQA (query), Magicoder (instruction), HelpSteer's single rows (prompt)."""
+    return Conversation(ask(row[asked], row["response"]))
 
 
 def from_question(row):
@@ -264,7 +268,7 @@ SCALES = {
     "rating_{}": (1, 5),           # Capybara-DPO
     "rank": None,                  # Nectar: orders answers, never becomes a score
     "completions": (1, 5),         # UltraFeedback raw: mean of all four aspects
-    "responses": (0, 4)}           # HelpSteer: mean of helpfulness, correctness and coherence; complexity, verbosity: style
+    "responses": (0, 4)}           # HelpSteer: mean of these three; complexity and verbosity are style
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 HELPSTEER = ("helpfulness", "correctness", "coherence")
 
@@ -322,7 +326,7 @@ def from_preference(row):
 
 
 def pair_from_preference(row):
-    """Two conversations that differ in their last turn: UltraFeedback, HH-RLHF, py-dpo, Orca, Capybara, TRL's formats."""
+    """Two conversations that differ in their last turn: UltraFeedback, HH-RLHF, py-dpo, Orca, Capybara, TRL's."""
     chosen, rejected = side(row, "chosen"), side(row, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("the histories of chosen and rejected differ")
@@ -423,8 +427,7 @@ PAIR_FORMATS = [({"chosen", "rejected"}, pair_from_preference),
                 ({"question", "ground_truth"}, pair_from_solutions)]
 FORMATS = [({"messages"}, from_messages), ({"conversations"}, from_sharegpt), ({"chosen"}, from_preference),
            ({"conversation"}, from_exchanges), ({"instruction", "output"}, from_instruction),
-           ({"instruction", "response"}, lambda row: Conversation(ask(row["instruction"], row["response"]))),
-           ({"query", "response"}, from_query), ({"prompt", "response"}, lambda row: Conversation(ask(row["prompt"], row["response"]))),
+           *(({k, "response"}, functools.partial(from_response, k)) for k in ("instruction", "query", "prompt")),
            ({"question", "answer"}, from_question)]
 
 
@@ -703,15 +706,15 @@ def count_rows(source: Source) -> int:
     if source.name.endswith((".jsonl", ".jsonl.gz")):
         with (gzip.open if source.name.endswith(".gz") else open)(source.name, "rb") as f:
             return sum(1 for line in f if line.strip())
-    if source.name in DEMO_ROWS or local_kind(source.name) == ".csv":
-        return sum(1 for _ in load_source(source))
-    return len(load_table(source))
+    if source.name in DEMO_ROWS:
+        return DEMO_ROWS[source.name].get(source.split) or sum(1 for _ in load_source(source))    # or raises
+    return sum(1 for _ in load_source(source)) if local_kind(source.name) == ".csv" else len(load_table(source))
 
 
 def read_source(source: Source, pairs: bool):
     """(number of rows, rows as load_source has them). HelpSteer's rows of one prompt become one, for their pair."""
-    first = next(iter(load_source(source)), (0, {}))[1]
-    if not pairs or not {"prompt", "response", *HELPSTEER} <= set(first):
+    first = next(iter(load_source(source)), (0, {}))[1] if pairs else {}
+    if not {"prompt", "response", *HELPSTEER} <= set(first):
         return count_rows(source), load_source(source)
     found = {}
     for n, row in load_source(source):
@@ -785,7 +788,8 @@ def convert(parsed: list[Source], pairs: bool, seed: int, folder: Path) -> Conve
                     text = json.dumps({"refused": str(error)}).encode() + b"\n"
                 out.write(text)
                 end += len(text)
-                waiting.append((end, source, n, key, *(np.nan if x is None else x for x in (chosen, rejected)), refused))
+                scores = (np.nan if x is None else x for x in (chosen, rejected))
+                waiting.append((end, source, n, key, *scores, refused))
                 bar.update()
                 if len(waiting) == CHUNK:
                     flush()
@@ -890,7 +894,8 @@ def pair_of(line: dict) -> Pair:
                 line["score_rejected"], line["answer"])
 
 
-def encode_pair_row(line: dict, key: str, tokenizer, template, max_length, max_prompt_length, empty_system, seed) -> dict:
+def encode_pair_row(line: dict, key: str, tokenizer, template, max_length, max_prompt_length, empty_system,
+                    seed) -> dict:
     """One converted pair as a row of ids; messages_json is the prompt and both answers."""
     pair = pair_of(line)
     pair = pair._replace(prompt=with_system(pair.prompt, key, empty_system, seed))
@@ -1048,14 +1053,20 @@ def _prepare(parsed, settings, pairs, max_examples, min_gap, seed, bad_rows, num
         duplicates=int(duplicates[s]), reasons=refusals.of(s), refused=sum(n for n, _ in refusals.reasons[s].values()))
         for s in range(len(parsed))]
     stats = {"sources": {}, "total": summary(of)}
-    for source, line in zip(parsed, lines):
-        name = source.name
-        while name in stats["sources"]:
-            name += "'"
-        stats["sources"][name] = line
+    stats["sources"].update(zip(distinct([s.name for s in parsed]), lines))
     for key in ("duplicates", "refused"):
         stats["total"][key] = sum(line[key] for line in lines)
     return Prepared(made.remove_columns(["cut", "turns"]), stats)
+
+
+def distinct(names: list[str]) -> list[str]:
+    """The names, a prime behind each that came before."""
+    out = []
+    for name in names:
+        while name in out:
+            name += "'"
+        out.append(name)
+    return out
 
 
 def summary(of: dict) -> dict:
@@ -1077,21 +1088,24 @@ def stats_table(stats: dict) -> str:
     total, scored = stats["total"], "ratings" in stats["total"]
     head = ("source", "examples", "%", "tokens", "%", "targets", "turns", "p50", "p90", "p99", "longest", "duplicates",
             "truncated", "tokens cut", "refused") + ("rated", "rating", "gaps", "gap") * scored
-    rows, mean = [head], lambda x: "-" if x is None else f"{x:.2f}"
+    rows, n_of, mean = [head], "{:,}".format, lambda x: "-" if x is None else f"{x:.2f}"
     for name, s in [*stats["sources"].items(), ("total", total)]:
         n = max(1, s["examples"])
         rows.append((name, f"{s['examples']:,}", f"{100 * s['examples'] / max(1, total['examples']):.1f}",
                      f"{s['tokens']:,}", f"{100 * s['tokens'] / max(1, total['tokens']):.1f}",
                      f"{s['targets']:,}", f"{s['turns'] / n:.1f}", *(f"{s[f'p{q}']:,}" for q in (50, 90, 99, 100)),
                      *(f"{s[k]:,}" for k in ("duplicates", "truncated", "cut", "refused")),
-                     *((f"{s['ratings']:,}", mean(s["mean_rating"]), f"{s['gaps']:,}", mean(s["mean_gap"])) if scored else ())))
+                     *(f(s[k]) for k, f in (("ratings", n_of), ("mean_rating", mean), ("gaps", n_of), ("mean_gap", mean))
+                       if scored)))
     widths = [max(len(r[c]) for r in rows) for c in range(len(head))]
     text = ["  ".join(x.ljust(w) if c == 0 else x.rjust(w) for c, (x, w) in enumerate(zip(r, widths)))
             for r in rows]
-    for name, s in stats["sources"].items():
-        text += [f"  refused in {name}: {n} x {reason} (first: {where})"
-                 for reason, (n, where) in s["reasons"].items()]
-    return "\n".join(text)
+    return "\n".join(text + refused_lines({name: s["reasons"] for name, s in stats["sources"].items()}))
+
+
+def refused_lines(refused: dict) -> list[str]:
+    return [f"  refused in {name}: {n} x {reason} (first: {where})" for name, reasons in refused.items()
+            for reason, (n, where) in reasons.items()]
 
 
 # ------------------------------------------------------------------------------------------ packing
@@ -1175,8 +1189,8 @@ def grams(text: str, n: int) -> set[str]:
 def shingles(line: dict) -> list[set[str]]:
     """Word 5-grams of what must be near in each part: a conversation as one, or a pair's prompt, chosen and rejected
     (a long prompt with another answer is no duplicate)."""
-    return [grams("\n".join(m["content"] for m in part), GRAM)
-            for part in ([line["messages"]] if "messages" in line else [line["prompt"], line["chosen"], line["rejected"]])]
+    parts = [line["messages"]] if "messages" in line else [line[k] for k in ("prompt", "chosen", "rejected")]
+    return [grams("\n".join(m["content"] for m in part), GRAM) for part in parts]
 
 
 def jaccard(a: list[set], b: list[set]) -> float:
@@ -1236,6 +1250,10 @@ def write_lines(path: Path, lines) -> None:
     os.replace(f"{path}.writing", path)
 
 
+def json_line(row: dict) -> bytes:
+    return json.dumps(row).encode() + b"\n"
+
+
 def write_report(out: Path, report: dict) -> dict:
     write_lines(out / "report.json", [json.dumps(report, indent=1).encode()])
     return report
@@ -1244,7 +1262,8 @@ def write_report(out: Path, report: dict) -> dict:
 def dedup(store: Converted, work: Path, out: Path, args) -> dict:
     """Exact and, with --near, near duplicates within and across sources; the first in the order given stays."""
     good = np.flatnonzero(~store.index["refused"])
-    first, kind, likeness = first_of_equal(store.index["key"][good]), np.zeros(len(good), dtype="<U5"), np.ones(len(good))
+    kind, likeness = np.zeros(len(good), dtype="<U5"), np.ones(len(good))
+    first = first_of_equal(store.index["key"][good])
     exact = first != np.arange(len(good))
     kind[exact] = "exact"
     if args.near:
@@ -1252,26 +1271,26 @@ def dedup(store: Converted, work: Path, out: Path, args) -> dict:
         near, j = near_duplicates(store, good[unique], work, args.num_proc)
         dropped = near != np.arange(len(unique))
         first[unique], likeness[unique], kind[unique[dropped]] = unique[near], j, "near"
-        first, likeness[exact] = first[first], likeness[first[exact]]     # an exact copy of a row that is near to a third
+        first, likeness[exact] = first[first], likeness[first[exact]]     # a copy of a row that is near to a third
     write_lines(out / "rows.jsonl", store.lines(good[kind == ""]))
-    clusters, seen = {}, np.flatnonzero(kind != "")
-    for i in seen:
+    clusters = {}
+    for i in np.flatnonzero(kind != ""):
         clusters.setdefault(int(first[i]), []).append({"row": store.where(good[i]), "kind": str(kind[i]),
                                                        "jaccard": round(float(likeness[i]), 4)})
-    texts = lambda i: json.loads(next(store.lines([good[i]])))
-    write_lines(out / "clusters.jsonl", (json.dumps({"kept": store.where(good[i]), "dropped": found}).encode() + b"\n"
+    write_lines(out / "clusters.jsonl", (json_line({"kept": store.where(good[i]), "dropped": found})
                                          for i, found in sorted(clusters.items())))
     largest = sorted(clusters, key=lambda i: (-len(clusters[i]), i))[:args.examples]
-    examples = [{"kept": store.where(good[i]), "row": texts(i), "dropped": clusters[i][:5]} for i in largest]
+    examples = [{"kept": store.where(good[i]), "row": json.loads(next(store.lines([good[i]]))),
+                 "copies": len(clusters[i]), "dropped": clusters[i][:5]} for i in largest]
     source = store.index["source"][good]
-    table = {f"{s}:{name}": {k or "kept": int((kind[source == s] == k).sum()) for k in ("", "exact", "near")}
-             for s, name in enumerate(store.names)}
+    table = {name: {k or "kept": int((kind[source == s] == k).sum()) for k in ("", "exact", "near")}
+             for s, name in enumerate(distinct(store.names))}
     for name, line in table.items():
         print(f"{name:40} kept {line['kept']:,}, exact {line['exact']:,}, near {line['near']:,}")
     for e in examples:
-        print(f"  {e['kept']} stands for {len(e['dropped'])}: {json.dumps(e['row'])[:100]}")
-    return {"sources": table, "kept": int((kind == "").sum()), "exact": int(exact.sum()), "near": int((kind == "near").sum()),
-            "clusters": len(clusters), "examples": examples}
+        print(f"  {e['kept']} stands for {e['copies']} more: {json.dumps(e['row'])[:100]}")
+    total = {k or "kept": int((kind == k).sum()) for k in ("", "exact", "near")}
+    return total | {"clusters": len(clusters), "sources": table, "examples": examples}
 
 
 def benchmark_prompts(row: dict) -> list[str]:
@@ -1299,7 +1318,7 @@ def overlaps(store: Converted, ids, benchmark: dict, start: int, stop: int, file
 
 
 def decontaminate(store: Converted, work: Path, out: Path, args) -> dict:
-    """Rows that share 13 words in a row with a benchmark's prompt, in hits.jsonl; with --remove all others in rows.jsonl."""
+    """Rows that share 13 words in a row with a benchmark's prompt: hits.jsonl; with --remove the others: rows.jsonl."""
     benchmark, prompts = {}, 0
     for source in check_sources(args.against):
         for n, row in load_source(source):
@@ -1310,19 +1329,18 @@ def decontaminate(store: Converted, work: Path, out: Path, args) -> dict:
     good = np.flatnonzero(~store.index["refused"])
     hits = [hit for path in in_chunks(functools.partial(overlaps, store, good, benchmark), len(good), work, "overlap",
                                       args.num_proc) for hit in json.loads(path.read_text())]
-    write_lines(out / "hits.jsonl", (json.dumps({"row": store.where(i), "benchmark": where, "shared": gram}).encode() + b"\n"
-                                     for i, gram, where in hits))
-    clean = np.setdiff1d(good, [i for i, *_ in hits])
+    rows = np.array([i for i, *_ in hits], dtype=np.int64)
+    shown = [{"row": store.where(i), "benchmark": where, "shared": gram} for i, gram, where in hits]
+    write_lines(out / "hits.jsonl", map(json_line, shown))
     if args.remove:
-        write_lines(out / "rows.jsonl", store.lines(clean))
-    table = {f"{s}:{name}": int(sum(store.index["source"][i] == s for i, *_ in hits)) for s, name in enumerate(store.names)}
-    examples = [{"row": store.where(i), "benchmark": where, "shared": gram} for i, gram, where in hits[:args.examples]]
+        write_lines(out / "rows.jsonl", store.lines(np.setdiff1d(good, rows)))
     print(f"{len(hits):,} of {len(good):,} rows share {BENCHMARK_GRAM} words in a row with one of {prompts:,} prompts"
           + ("; removed" if args.remove else "; --remove leaves them out"))
-    for e in examples:
+    for e in shown[:args.examples]:
         print(f"  {e['row']} and {e['benchmark']}: {e['shared']}")
-    return {"rows": len(good), "prompts": prompts, "hits": len(hits), "removed": len(hits) * args.remove, "sources": table,
-            "examples": examples}
+    found = np.bincount(store.index["source"][rows], minlength=len(store.names))
+    return {"rows": len(good), "prompts": prompts, "hits": len(hits), "removed": len(hits) * args.remove,
+            "sources": dict(zip(distinct(store.names), found.tolist())), "examples": shown[:args.examples]}
 
 
 # ---------------------------------------------------------------------------------------------- selection
@@ -1334,7 +1352,7 @@ def highest(values, budget: int) -> np.ndarray:
 
 
 def a2(chosen, rejected, budget: int, least: float = 2.0, width: float = 1.0) -> np.ndarray:
-    """LIONs' A2: pairs whose score difference is at least `least`, in bins of difference [least + k width, ...), the same
+    """LIONs' A2: pairs whose score difference is at least `least`, in bins of `width` of that difference, the same
     quota of each bin, by the highest chosen score; what a bin cannot fill goes to the others.
 
     Rounds: the best of each bin, the second best of each, ..., the bin of larger differences first, until `budget`.
@@ -1343,7 +1361,7 @@ def a2(chosen, rejected, budget: int, least: float = 2.0, width: float = 1.0) ->
     chosen, gaps = np.asarray(chosen, dtype=float), gap(chosen, rejected)
     fit = np.flatnonzero(gaps >= least)                                                      # NaN compares false
     bins = np.floor(np.round((gaps[fit] - least) / width, 9)).astype(int)
-    best = np.lexsort((fit, -chosen[fit], bins))                                             # by bin, then chosen, then order
+    best = np.lexsort((fit, -chosen[fit], bins))                                             # by bin, chosen, order
     new = np.append(True, bins[best][1:] != bins[best][:-1])[:len(best)]
     place = np.arange(len(best)) - np.maximum.accumulate(np.where(new, np.arange(len(best)), 0))     # within its bin
     return fit[best[np.lexsort((-bins[best], place))]][:budget]
@@ -1366,8 +1384,8 @@ def diverse(embeddings, order, budget: int, most: float = 0.9, block: int = 1024
         ids = np.asarray(order[a:a + block])
         x = np.asarray(embeddings[ids], dtype=np.float32)
         norms = np.linalg.norm(x, axis=1, keepdims=True)
-        if not (np.isfinite(norms) & (norms > 0)).all():
-            raise ValueError(f"an embedding is zero or not finite: row {ids[np.argmin(np.isfinite(norms) & (norms > 0))]}")
+        if not (fine := np.isfinite(norms) & (norms > 0)).all():
+            raise ValueError(f"an embedding is zero or not finite: row {ids[np.argmin(fine)]}")
         x /= norms                                                                           # (B, D)
         before, inside, new = x @ units[:len(kept)].T, x @ x.T, []                           # (B, kept), (B, B)
         old = list(kept)
@@ -1388,10 +1406,10 @@ def diverse(embeddings, order, budget: int, most: float = 0.9, block: int = 1024
 
 
 # DEITA's scorers read these words; they are the models' own
-DEITA = {"complexity": "You are a helpful assistant. Please identify the complexity score of the following user query. \n"
-                       "##Query: {instruction}  \n##Complexity: ",
-         "quality": "You are a helpful assistant. Please identify the quality score of the Response corresponding to the "
-                    "Question. \n #Question#:\n{instruction}\n#Response#:\n{output} \n##Quality: "}
+DEITA = {"complexity": "You are a helpful assistant. Please identify the complexity score of the following user query. "
+                       "\n##Query: {instruction}  \n##Complexity: ",
+         "quality": "You are a helpful assistant. Please identify the quality score of the Response corresponding to "
+                    "the Question. \n #Question#:\n{instruction}\n#Response#:\n{output} \n##Quality: "}
 
 
 def load_scorer(name: str, kind: str, trust_remote_code: bool = False):
@@ -1400,14 +1418,14 @@ def load_scorer(name: str, kind: str, trust_remote_code: bool = False):
     import transformers
     config = transformers.PreTrainedConfig.get_config_dict(name)[0]
     if config.get("auto_map") and not trust_remote_code:
-        raise ValueError(f"{name} needs code from its own folder ({', '.join(config['auto_map'])}), which is not supported "
-                         "without --trust-remote-code: it would run here")
+        raise ValueError(f"{name} needs code from its own folder ({', '.join(config['auto_map'])}), which is not "
+                         "supported without --trust-remote-code: it would run here")
     trust = dict(trust_remote_code=True) if trust_remote_code else {}
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **trust)
     make = transformers.AutoModelForSequenceClassification if kind == "reward" else transformers.AutoModelForCausalLM
     model, info = make.from_pretrained(name, use_safetensors=True, output_loading_info=True, **trust)
     if info["missing_keys"]:
-        raise ValueError(f"{name}: no weights for {sorted(info['missing_keys'])[:3]}; it is no {kind} model of this kind")
+        raise ValueError(f"{name}: no weights for {sorted(info['missing_keys'])[:3]}: no {kind} model of this kind")
     if kind == "reward" and model.config.num_labels != 1:
         raise ValueError(f"--rm {name}: {model.config.num_labels} outputs; a reward model has one")
     if kind == "reward" and not tokenizer.chat_template:
@@ -1429,7 +1447,8 @@ def score_batch(tokenizer, model, kind: str, rows: list[list[int]], pad: int) ->
     with torch.no_grad():
         if kind == "reward":
             return model(input_ids=x, attention_mask=mask).logits[:, 0].double().tolist()
-        hidden = model.base_model(input_ids=x, attention_mask=mask).last_hidden_state[range(len(rows)), last]    # (B, D)
+        hidden = model.base_model(input_ids=x, attention_mask=mask).last_hidden_state
+        hidden = hidden[range(len(rows)), last]                                              # (B, D)
         if kind == "embedding":
             return [base64.b64encode(h.float().cpu().numpy().tobytes()).decode() for h in hidden]
         digits = model.get_output_embeddings()(hidden)[:, tokenizer.convert_tokens_to_ids(list("123456"))].double()
@@ -1464,7 +1483,7 @@ def score_texts(scorer, kind: str, texts: list[str], folder: Path, batch_tokens:
         with tqdm(total=len(texts), initial=len(texts) - len(order), desc=kind, unit="text") as bar:
             while order:
                 n = max(1, batch_tokens // len(ids[order[0]]))
-                part = [i for i in order[:n] if padded or len(ids[i]) == len(ids[order[0]])]     # else equal lengths only
+                part = [i for i in order[:n] if padded or len(ids[i]) == len(ids[order[0]])]    # else of equal length
                 order = order[len(part):]
                 values = score_batch(tokenizer, model, kind, [ids[i] for i in part], pad if padded else 0)
                 for i, value in zip(part, values):
@@ -1482,7 +1501,7 @@ def answered(line: dict) -> list[dict]:
 
 
 def answer_lengths(store: Converted, ids, tokenizer, start: int, stop: int, file) -> None:
-    """Tokens of what is trained in rows ids[start:stop]: the assistant's turns, the last alone in pairs and the like."""
+    """Tokens of what is trained in rows ids[start:stop]: the assistant's turns; in pairs and the like, the last."""
     out = []
     for line in map(json.loads, store.lines(ids[start:stop])):
         said = [m["content"] for m in answered(line) if m["role"] == "assistant"]
@@ -1492,29 +1511,29 @@ def answer_lengths(store: Converted, ids, tokenizer, start: int, stop: int, file
 
 
 def deita_scores(store: Converted, ids, args) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) sum over turns of complexity x quality, NaN where a turn is too long to score; (n, D) embeddings, zero there."""
-    lines, texts, owner = map(json.loads, store.lines(ids)), {"complexity": [], "quality": []}, []
-    whole = []
-    for r, line in enumerate(lines):
+    """(n,) sum over turns of complexity x quality, NaN where one is too long; (n, D) embeddings, zero there."""
+    asked, whole, owner = [], [], []
+    for r, line in enumerate(map(json.loads, store.lines(ids))):
         said = answered(line)
         whole.append("\n".join(f"{m['role']}: {m['content']}" for m in said))
-        for question, answer in zip(said, said[1:]):
-            if answer["role"] == "assistant" and question["role"] == "user":
-                owner.append(r)
-                for kind in texts:
-                    texts[kind].append(DEITA[kind].format(instruction=question["content"], output=answer["content"]))
-    scores, folder = [], cache_folder(args.cache_dir) / "scores"
+        turn = [dict(instruction=q["content"], output=a["content"]) for q, a in zip(said, said[1:])
+                if (q["role"], a["role"]) == ("user", "assistant")]
+        asked += turn
+        owner += [r] * len(turn)
+
+    def scored(name: str, kind: str, texts: list[str]) -> list:
+        return score_texts(load_scorer(name, kind, args.trust_remote_code), kind, texts,
+                           cache_folder(args.cache_dir) / "scores", args.batch_tokens)
+    product, total = np.ones(len(asked)), np.zeros(len(ids))
     for kind, name in (("complexity", args.complexity_model), ("quality", args.quality_model)):
-        found = score_texts(load_scorer(name, "rating", args.trust_remote_code), "rating", texts[kind], folder, args.batch_tokens)
-        scores.append(np.array([np.nan if x is None else x for x in found]))
-    total = np.zeros(len(ids))
-    np.add.at(total, owner, scores[0] * scores[1])
-    found = score_texts(load_scorer(args.embedding_model, "embedding", args.trust_remote_code), "embedding", whole, folder,
-                        args.batch_tokens)
-    vectors = [x and np.frombuffer(base64.b64decode(x), dtype=np.float32) for x in found]
+        found = scored(name, "rating", [DEITA[kind].format(**t) for t in asked])
+        product *= [np.nan if x is None else x for x in found]
+    np.add.at(total, owner, product)
+    vectors = [x and np.frombuffer(base64.b64decode(x), dtype=np.float32)
+               for x in scored(args.embedding_model, "embedding", whole)]
+    zero = np.zeros_like(next((v for v in vectors if v is not None), np.zeros(1, dtype=np.float32)))
     total[[v is None for v in vectors]] = np.nan
-    size = next((len(v) for v in vectors if v is not None), 1)
-    return total, np.stack([np.zeros(size, dtype=np.float32) if v is None else v for v in vectors])
+    return total, np.stack([zero if v is None else v for v in vectors])
 
 
 def select(store: Converted, work: Path, out: Path, args) -> dict:
@@ -1525,8 +1544,8 @@ def select(store: Converted, work: Path, out: Path, args) -> dict:
     gaps, method = gap(chosen, rejected), args.method
     needs = {"alpagasus": chosen, "argilla": gaps, "a2": gaps}.get(method)
     if needs is not None and np.isnan(needs).all():
-        raise ValueError(f"--method {method}: none of the {len(good)} rows has the ratings that it needs; read preference "
-                         "rows (--pairs) with scores, or annotate them first (python data.py annotate)")
+        raise ValueError(f"--method {method}: none of the {len(good)} rows has the ratings that it needs; name a rated "
+                         "source, or annotate this one first (python data.py annotate)")
     score, order = needs, None
     if method == "random":
         order = permutation(len(good), args.seed)[:args.budget]
@@ -1543,17 +1562,20 @@ def select(store: Converted, work: Path, out: Path, args) -> dict:
     order = highest(score, args.budget) if order is None else order
     missing = 0 if score is None else int(np.isnan(score).sum())
     if len(order) < args.budget:
-        print(f"{method}: {len(order):,} rows, fewer than --budget {args.budget:,}: of {len(good):,} rows {missing:,} have no "
-              "score, the others are left out by the rule")
-    write_lines(out / "rows.jsonl", (json.dumps(json.loads(line) | {"selection_score": None if score is None else float(score[i])})
-                                     .encode() + b"\n" for i, line in zip(order, store.lines(good[order]))))
+        print(f"{method}: {len(order):,} rows, fewer than --budget {args.budget:,}: of {len(good):,} rows {missing:,} "
+              "have no score, the others are left out by the rule")
+    values = [None] * len(order) if score is None else score[order].tolist()
+    write_lines(out / "rows.jsonl", (json_line(json.loads(line) | {"selection_score": x})
+                                     for x, line in zip(values, store.lines(good[order]))))
     named = {"score difference": gaps, "rating of chosen": chosen} if args.pairs else {}
     named |= {} if score is None or method in ("argilla", "a2", "alpagasus") else {
         {"longest": "answer tokens", "deita": "complexity x quality"}[method]: score}
-    figure(out / "select.png", [(name, "share of rows", {"before": x, f"after {method}": x[order]}) for name, x in named.items()])
-    means = {name: [float(np.nanmean(x)) if (~np.isnan(x)).any() else None for x in (x, x[order])] for name, x in named.items()}
+    figure(out / "select.png", [(name, "share of rows", {"before": x, f"after {method}": x[order]})
+                                for name, x in named.items()])
+    means = {name: [float(np.nanmean(x)), float(np.nanmean(x[order]))] for name, x in named.items()
+             if not np.isnan(x[order]).all()}
     for name, (before, after) in means.items():
-        print(f"{name}: mean {before if before is None else round(before, 3)} before, {after if after is None else round(after, 3)} after")
+        print(f"{name}: mean {before:.3f} before, {after:.3f} after")
     report = {"method": method, "rows": len(good), "without_score": missing, "selected": len(order), "means": means}
     if method == "a2":
         bins, counts = np.unique(np.floor(gaps[order]).astype(int), return_counts=True)
@@ -1568,6 +1590,8 @@ def figure(path: Path, panels: list[tuple]) -> None:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    empty = lambda v: np.ndim(v) == 1 and np.isnan(v).all()          # no scores: no panel
+    panels = [p for p in panels if not all(not isinstance(v, tuple) and empty(v) for v in p[2].values())]
     fig, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(5.5 * max(1, len(panels)), 4), squeeze=False)
     for ax, (xlabel, ylabel, series) in zip(axes[0], panels):
         ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -1581,7 +1605,7 @@ def figure(path: Path, panels: list[tuple]) -> None:
             continue
         else:
             series = {k: np.asarray(v)[~np.isnan(v)] for k, v in series.items()}
-            edges = np.histogram_bin_edges(np.concatenate(list(series.values())) if any(map(len, series.values())) else [0, 1], 30)
+            edges = np.histogram_bin_edges(np.concatenate(list(series.values())), 30)
             for name, x in series.items():
                 ax.hist(x, edges, weights=np.full(len(x), 1 / max(1, len(x))), histtype="stepfilled", alpha=0.5,
                         label=f"{name} (n = {len(x):,})")
@@ -1605,10 +1629,11 @@ def fit_ratings(rewards, ratings, degree: int) -> tuple[float, float, np.ndarray
     if not known.any():
         raise ValueError("annotate: no row has a rating to fit the rewards to; add a rated source to --data")
     if len(np.unique(ratings[known])) < 2:
-        raise ValueError(f"annotate: all {known.sum()} known ratings are {ratings[known][0]:g}; a constant column fits nothing")
+        raise ValueError(f"annotate: all {known.sum()} known ratings are {ratings[known][0]:g}; a constant column fits "
+                         "nothing")
     if len(np.unique(rewards[known])) <= degree:
-        raise ValueError(f"annotate: {len(np.unique(rewards[known]))} different rewards among the rated answers; a fit of "
-                         f"--degree {degree} needs {degree + 1}")
+        raise ValueError(f"annotate: {len(np.unique(rewards[known]))} different rewards among the rated answers; a fit "
+                         f"of --degree {degree} needs {degree + 1}")
     z = (rewards[known] - low) / (high - low)
     return float(low), float(high), np.polynomial.polynomial.polyfit(z, ratings[known], degree)
 
@@ -1630,22 +1655,25 @@ def annotate(store: Converted, work: Path, out: Path, args) -> dict:
     def lines():
         for k, line in enumerate(map(json.loads, store.lines(good))):
             for s, which in enumerate(("chosen", "rejected")):
-                value = [None if np.isnan(x[s, k]) else float(x[s, k]) for x in (final, rewards)]
-                line |= {f"score_{which}": value[0], f"reward_{which}": value[1], f"annotated_{which}": bool(np.isnan(ratings[s, k]))}
-            yield json.dumps(line).encode() + b"\n"
+                score, reward = (None if np.isnan(x[s, k]) else float(x[s, k]) for x in (final, rewards))
+                line |= {f"score_{which}": score, f"reward_{which}": reward,
+                         f"annotated_{which}": bool(np.isnan(ratings[s, k]))}
+            yield json_line(line)
     write_lines(out / "rows.jsonl", lines())
-    error, both = predicted[known] - ratings[known], ~np.isnan(rewards).any(0)
     figure(out / "annotate.png", [("rating given", "rating predicted", {
         "answers": (ratings[known], predicted[known]), "equal": ([1, 10], [1, 10])})])
-    report = {"pairs": len(good), "rated_answers": int(known.sum()), "annotated_answers": int((np.isnan(ratings) & ~np.isnan(rewards)).sum()),
-              "too_long": int(np.isnan(rewards).sum()), "low": low, "high": high, "coefficients": c.tolist(),
-              "clipped": int((raw != predicted)[~np.isnan(raw)].sum()), "mse": float((error ** 2).mean()), "mae": float(np.abs(error).mean()),
-              "agreement": float((rewards[0] > rewards[1])[both].mean()), "ties": int((rewards[0] == rewards[1]).sum())}
-    print(f"{report['pairs']:,} pairs: the reward model agrees with the label on {report['agreement']:.2%} ({report['ties']} ties)\n"
-          f"rating = sum of {[round(x, 4) for x in c]} x z^k, z = (reward - {low:g}) / ({high:g} - {low:g}), of degree {args.degree}, "
-          f"fitted on {report['rated_answers']:,} ratings; there, not held out: MSE {report['mse']:.3f}, MAE {report['mae']:.3f}\n"
-          f"{report['annotated_answers']:,} answers annotated, {report['clipped']:,} predictions clipped to 1..10, "
-          f"{report['too_long']:,} answers too long for the model and left without a score")
+    error, both = predicted[known] - ratings[known], ~np.isnan(rewards).any(0)
+    report = {"pairs": len(good), "scored_pairs": int(both.sum()), "ties": int((rewards[0] == rewards[1]).sum()),
+              "agreement": float((rewards[0] > rewards[1])[both].sum() / max(1, both.sum())),
+              "rated_answers": int(known.sum()),
+              "annotated_answers": int((np.isnan(ratings) & ~np.isnan(rewards)).sum()), "clipped": int((raw != predicted)[~np.isnan(raw)].sum()), "too_long": int(np.isnan(rewards).sum()),
+              "low": low, "high": high, "coefficients": c.tolist(), "mse": float((error ** 2).mean()),
+              "mae": float(np.abs(error).mean())}
+    print("the reward model agrees with the label on {agreement:.2%} of {scored_pairs:,} pairs ({ties:,} ties)\n"
+          "rating = sum over k of {coefficients} z^k, z = (reward - {low:g}) / ({high:g} - {low:g}), fitted on "
+          "{rated_answers:,} ratings;\nthere, not held out: mean squared error {mse:.3f}, absolute {mae:.3f}\n"
+          "{annotated_answers:,} answers annotated, {clipped:,} predictions clipped to 1..10, {too_long:,} answers too "
+          "long for the model and left without".format(**report))
     return report
 
 
@@ -1739,12 +1767,13 @@ def marked(input_ids, targets, tokenizer, colour: bool) -> str:
 
 
 def stats_figure(path: Path, made: Prepared, pairs: bool) -> None:
-    of = {k: made.dataset.data.column(k).to_numpy() for k in ("length", "score_chosen", "score_rejected")[:3 if pairs else 1]}
-    panels = [(name, "", {s: line[name] for s, line in made.stats["sources"].items()}) for name in ("examples", "tokens")]
-    panels.append(("tokens a row", "share of rows", {"all sources": of["length"].astype(float)}))
+    of = {k: made.dataset.data.column(k).to_numpy().astype(float)
+          for k in ("length", "score_chosen", "score_rejected")[:3 if pairs else 1]}
+    panels = [(k, "", {name: line[k] for name, line in made.stats["sources"].items()}) for k in ("examples", "tokens")]
+    panels.append(("tokens a row", "share of rows", {"all sources": of["length"]}))
     if pairs:
-        panels += [("rating", "share of rows", {k: of[f"score_{k}"].astype(float) for k in ("chosen", "rejected")}),
-                   ("score difference", "share of rows", {"all sources": gap(of["score_chosen"], of["score_rejected"])})]
+        panels += [("rating", "share of rows", {k: of[f"score_{k}"] for k in ("chosen", "rejected")}),
+                   ("score difference", "share of rows", {"all sources": gap(*list(of.values())[1:])})]
     figure(path, panels)
 
 
@@ -1753,7 +1782,8 @@ def show_or_stats(args) -> dict:
     tokenizer = demo_tokenizer() if args.model == "demo" else AutoTokenizer.from_pretrained(args.model)
     template = set_template(tokenizer, args.chat_template)
     made = prepare(args.data, tokenizer, template, max_length=args.max_length, loss_on=args.loss_on, seed=args.seed,
-                   num_proc=args.num_proc, cache_dir=args.cache_dir, pairs=args.pairs, max_prompt_length=args.max_prompt_length)
+                   num_proc=args.num_proc, cache_dir=args.cache_dir, pairs=args.pairs,
+                   max_prompt_length=args.max_prompt_length)
     if args.command == "show":
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         for r in made.dataset.select(range(min(args.n, len(made.dataset)))):
@@ -1778,7 +1808,7 @@ def show_or_stats(args) -> dict:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
 
     def command(name: str, help: str, output: bool = True):
@@ -1792,7 +1822,8 @@ def parser() -> argparse.ArgumentParser:
         if output:
             add("--output", default=f"runs/{name}", help="folder of report.json, rows.jsonl and pictures")
         return add
-    for name, help in (("show", "rows with the trained tokens marked"), ("stats", "examples and tokens per source, as a table and a picture")):
+    for name, help in (("show", "rows with the trained tokens marked"),
+                       ("stats", "examples and tokens per source, as a table and a picture")):
         add = command(name, help, output=name == "stats")
         add("--max-prompt-length", type=int, default=512, help="prompt tokens that a cut pair keeps")
         add("--model", default="demo", help="whose tokenizer: Hub id, folder, or demo")
@@ -1814,8 +1845,8 @@ def parser() -> argparse.ArgumentParser:
     add("--method", choices=["random", "longest", "alpagasus", "deita", "argilla", "a2"], required=True)
     add("--budget", type=int, required=True, help="rows to take")
     add("--model", default="demo", help="longest: whose tokenizer counts, Hub id, folder, or demo (bytes)")
-    for kind, name in (("complexity", "hkust-nlp/deita-complexity-scorer"), ("quality", "hkust-nlp/deita-quality-scorer"),
-                       ("embedding", "mistralai/Mistral-7B-v0.1")):
+    for kind, name in (("complexity", "hkust-nlp/deita-complexity-scorer"),
+                       ("quality", "hkust-nlp/deita-quality-scorer"), ("embedding", "mistralai/Mistral-7B-v0.1")):
         add(f"--{kind}-model", default=name, help=f"deita: causal LM, Hub id or folder; default {name}")
     models(add)
     add = command("annotate", "a reward model's scores for pairs, mapped onto the ratings that are known")
@@ -1827,7 +1858,7 @@ def parser() -> argparse.ArgumentParser:
 
 def models(add) -> None:
     add("--batch-tokens", type=int, default=16384, help="tokens a batch of a scoring model, padding included")
-    add("--trust-remote-code", action="store_true", help="run code that a model's folder brings; off: such a model is refused")
+    add("--trust-remote-code", action="store_true", help="run code that a model's folder brings; else it is refused")
 
 
 COMMANDS = {"dedup": dedup, "decontaminate": decontaminate, "select": select, "annotate": annotate}
@@ -1836,7 +1867,8 @@ COMMANDS = {"dedup": dedup, "decontaminate": decontaminate, "select": select, "a
 def check_flags(args) -> None:
     """All problems of the flags in one ValueError, before anything is read."""
     why = [f"--{f.replace('_', '-')} {getattr(args, f)}: must be at least {least}" for f, least in
-           (("budget", 1), ("num_proc", 1), ("batch_tokens", 1), ("degree", 1), ("max_length", 2), ("examples", 0), ("n", 0))
+           (("budget", 1), ("num_proc", 1), ("batch_tokens", 1), ("degree", 1), ("max_length", 2), ("examples", 0),
+            ("n", 0))
            if getattr(args, f, None) is not None and getattr(args, f) < least]
     if getattr(args, "method", None) in ("alpagasus", "argilla", "a2") and not args.pairs:
         why.append(f"--method {args.method}: goes by the ratings of preference rows; add --pairs")
@@ -1864,10 +1896,8 @@ def main(argv=None) -> dict:
         refusals = Refusals(store)
         refusals.check("refuse", int((~store.index["refused"]).sum()))
         report = COMMANDS[args.command](store, work, out, args)
-    for s, name in enumerate(store.names):
-        report.setdefault("refused", {})[f"{s}:{name}"] = refusals.of(s)
-        for reason, (n, where) in refusals.of(s).items():
-            print(f"  refused in {name}: {n} x {reason} (first: {where})")
+    report["refused"] = {name: refusals.of(s) for s, name in enumerate(distinct(store.names))}
+    print("\n".join(refused_lines(report["refused"])))
     write_report(out, report | {"flags": vars(args)})
     return {k: v for k, v in report.items() if k != "examples"} | {"output": str(out)}
 

@@ -190,6 +190,7 @@ def main() -> dict:
     p.add_argument("--rows", type=int, default=250_000)
     p.add_argument("--kill", action="store_true", help="kill convert, dedup and encode once each, and go on")
     p.add_argument("--work", help="folder for the data, some 8 GB a million rows; None: a temporary one")
+    p.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="only the first so many")
     p.add_argument("--step", nargs=2, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.step:
@@ -201,17 +202,19 @@ def main() -> dict:
         make_tokenizer(folder)
         print(f"{args.rows:,} rows generated in {time.perf_counter() - started:.0f} s", flush=True)
         results = {}
-        for name in STEPS:
+        for name in args.steps:
             r = results[name] = measure(name, folder, args.rows, args.kill and name != "pack")
             print(f"{name:8} {r['seconds']:8.1f} s {r['cpu']:8.1f} CPU s {1e6 * r['cpu'] / args.rows:6.0f} us/row {r['peak_gib']:6.2f} GiB "
                   f"({r['anonymous_gib']:.2f} without files)" + (f", killed at {r['killed_at']:.0%}" if r["killed_at"] else ""),
                   flush=True)
-        return {"rows": args.rows, "dropped": found(folder), "kept": results["dedup"]["kept"],
-                "seconds": {k: round(r["seconds"], 1) for k, r in results.items()},
-                "cpu_seconds": {k: round(r["cpu"], 1) for k, r in results.items()},
-                "peak_gib": {k: round(r["peak_gib"], 2) for k, r in results.items()},
-                "anonymous_gib": {k: round(r["anonymous_gib"], 2) for k, r in results.items()},
-                "encoded": results["encode"]["examples"], "packed_rows": results["pack"]["rows"], "fill": results["pack"]["fill"]}
+        table = {key: {name: round(r[field], 2) for name, r in results.items()} for key, field in (
+            ("seconds", "seconds"), ("cpu_seconds", "cpu"), ("peak_gib", "peak_gib"), ("anonymous_gib", "anonymous_gib"))}
+        if "dedup" in results:
+            table |= {"dropped": found(folder), "kept": results["dedup"]["kept"]}
+        if "pack" in results:
+            table |= {"encoded": results["encode"]["examples"], "packed_rows": results["pack"]["rows"],
+                      "fill": results["pack"]["fill"]}
+        return {"rows": args.rows} | table
 
 
 if __name__ == "__main__":
