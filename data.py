@@ -1095,8 +1095,8 @@ def stats_table(stats: dict) -> str:
                      f"{s['tokens']:,}", f"{100 * s['tokens'] / max(1, total['tokens']):.1f}",
                      f"{s['targets']:,}", f"{s['turns'] / n:.1f}", *(f"{s[f'p{q}']:,}" for q in (50, 90, 99, 100)),
                      *(f"{s[k]:,}" for k in ("duplicates", "truncated", "cut", "refused")),
-                     *(f(s[k]) for k, f in (("ratings", n_of), ("mean_rating", mean), ("gaps", n_of), ("mean_gap", mean))
-                       if scored)))
+                     *([n_of(s["ratings"]), mean(s["mean_rating"]), n_of(s["gaps"]), mean(s["mean_gap"])] if scored
+                       else [])))
     widths = [max(len(r[c]) for r in rows) for c in range(len(head))]
     text = ["  ".join(x.ljust(w) if c == 0 else x.rjust(w) for c, (x, w) in enumerate(zip(r, widths)))
             for r in rows]
@@ -1666,7 +1666,8 @@ def annotate(store: Converted, work: Path, out: Path, args) -> dict:
     report = {"pairs": len(good), "scored_pairs": int(both.sum()), "ties": int((rewards[0] == rewards[1]).sum()),
               "agreement": float((rewards[0] > rewards[1])[both].sum() / max(1, both.sum())),
               "rated_answers": int(known.sum()),
-              "annotated_answers": int((np.isnan(ratings) & ~np.isnan(rewards)).sum()), "clipped": int((raw != predicted)[~np.isnan(raw)].sum()), "too_long": int(np.isnan(rewards).sum()),
+              "annotated_answers": int((np.isnan(ratings) & ~np.isnan(rewards)).sum()),
+              "clipped": int((raw != predicted)[~np.isnan(raw)].sum()), "too_long": int(np.isnan(rewards).sum()),
               "low": low, "high": high, "coefficients": c.tolist(), "mse": float((error ** 2).mean()),
               "mae": float(np.abs(error).mean())}
     print("the reward model agrees with the label on {agreement:.2%} of {scored_pairs:,} pairs ({ties:,} ties)\n"
