@@ -93,7 +93,8 @@ def make_tokenizer(folder: Path):
     made.train_from_iterator([" ".join(make_words(random.Random(0)))], trainers.BpeTrainer(
         vocab_size=8000, special_tokens=["<pad>", "<eos>", "<|im_start|>", "<|im_end|>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.save_pretrained(folder / "tokenizer")
 
 
 def step(name: str, folder: Path) -> dict:
@@ -113,7 +114,8 @@ def step(name: str, folder: Path) -> dict:
     if name == "encode":
         return made.stats["total"]
     rows = data.pack(made.dataset["length"], 2048)
-    return {"rows": len(rows.offsets) - 1, "fill": float((rows.end - rows.start).sum() / (2048 * (len(rows.offsets) - 1)))}
+    n = len(rows.offsets) - 1
+    return {"rows": n, "fill": float((rows.end - rows.start).sum() / (2048 * n))}
 
 
 def tree(pid: int) -> list[int]:
@@ -181,7 +183,7 @@ def found(folder: Path) -> dict:
         for one in line["dropped"]:
             name, _, row = one["row"].rpartition(":")
             lost[offset[name] + int(row) - 1] = True
-    return {name: float(lost[truth == kind].mean()) for kind, name in enumerate(("others", "exact", "near", "decoys"))} | {
+    return {name: float(lost[truth == k].mean()) for k, name in enumerate(("others", "exact", "near", "decoys"))} | {
         "others_and_decoys": float(lost[(truth == 0) | (truth == 3)].mean())}
 
 
@@ -204,11 +206,11 @@ def main() -> dict:
         results = {}
         for name in args.steps:
             r = results[name] = measure(name, folder, args.rows, args.kill and name != "pack")
-            print(f"{name:8} {r['seconds']:8.1f} s {r['cpu']:8.1f} CPU s {1e6 * r['cpu'] / args.rows:6.0f} us/row {r['peak_gib']:6.2f} GiB "
-                  f"({r['anonymous_gib']:.2f} without files)" + (f", killed at {r['killed_at']:.0%}" if r["killed_at"] else ""),
-                  flush=True)
+            print(f"{name:8} {r['seconds']:8.1f} s {r['cpu']:8.1f} CPU s {1e6 * r['cpu'] / args.rows:6.0f} us/row "
+                  f"{r['peak_gib']:6.2f} GiB ({r['anonymous_gib']:.2f} without files)"
+                  + (f", killed at {r['killed_at']:.0%}" if r["killed_at"] else ""), flush=True)
         table = {key: {name: round(r[field], 2) for name, r in results.items()} for key, field in (
-            ("seconds", "seconds"), ("cpu_seconds", "cpu"), ("peak_gib", "peak_gib"), ("anonymous_gib", "anonymous_gib"))}
+            ("seconds", "seconds"), ("cpu_seconds", "cpu"), ("peak_gib",) * 2, ("anonymous_gib",) * 2)}
         if "dedup" in results:
             table |= {"dropped": found(folder), "kept": results["dedup"]["kept"]}
         if "pack" in results:

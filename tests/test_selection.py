@@ -22,13 +22,15 @@ def write(path, rows):
 
 def run(tmp_path, command, *args):
     """main() of a command into tmp_path/out: its result and the rows it wrote."""
-    made = data.main([command, "--output", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "cache"), *map(str, args)])
+    folders = ["--output", tmp_path / "out", "--cache-dir", tmp_path / "cache"]
+    made = data.main([command, *map(str, [*folders, *args])])
     rows = tmp_path / "out/rows.jsonl"
     return made, [json.loads(x) for x in rows.read_text().splitlines()] if rows.exists() else None
 
 
 def pair(prompt, chosen, rejected, scores=(None, None)):
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "score_chosen": scores[0], "score_rejected": scores[1]}
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "score_chosen": scores[0],
+            "score_rejected": scores[1]}
 
 
 def words(rng, n):
@@ -43,7 +45,7 @@ def test_grams_by_hand():
 
 def test_exact_across_sources_whatever_the_schema_and_the_white_space(tmp_path):
     a = write(tmp_path / "a.jsonl", [{"query": "q\u00e9 1", "response": "a"}, {"query": "x", "response": "y"}])
-    b = write(tmp_path / "b.jsonl", [{"instruction": "qe\u0301  1\n", "output": "a"}, {"instruction": "Q\u00e9 1", "output": "a"}])
+    b = write(tmp_path / "b.jsonl", [{"instruction": q, "output": "a"} for q in ("qe\u0301  1\n", "Q\u00e9 1")])
     made, rows = run(tmp_path, "dedup", "--data", a, b)
     assert [(r["source"], r["row"]) for r in rows] == [(a, 1), (a, 2), (b, 2)] and made["exact"] == 1
     cluster, = map(json.loads, (tmp_path / "out/clusters.jsonl").read_text().splitlines())
@@ -87,9 +89,9 @@ def test_near_does_not_hang_on_hash_seed_or_processes(tmp_path, near_files):
     for seed, n in (("1", "1"), ("2", "2")):
         out = tmp_path / seed
         script = "import sys; sys.path.insert(0, sys.argv[1]); import data; data.CHUNK = 20; data.main(sys.argv[2:])"
-        subprocess.run([sys.executable, "-c", script, str(Path(data.__file__).parent), "dedup", "--near", "--data", near_files,
-                        "--num-proc", n, "--output", str(out), "--cache-dir", str(out)], check=True, capture_output=True,
-                       env={**os.environ, "PYTHONHASHSEED": seed})
+        subprocess.run([sys.executable, "-c", script, str(Path(data.__file__).parent), "dedup", "--near", "--data",
+                        near_files, "--num-proc", n, "--output", str(out), "--cache-dir", str(out)], check=True,
+                       capture_output=True, env={**os.environ, "PYTHONHASHSEED": seed})
         seen.add((out / "rows.jsonl").read_bytes() + (out / "clusters.jsonl").read_bytes())
     assert len(seen) == 1
 
@@ -133,9 +135,9 @@ def test_work_goes_on_after_a_crash_and_goes_when_done(tmp_path, near_files, mon
 # --------------------------------------------------------------------------------------- contamination
 def test_decontaminate_by_hand(tmp_path):
     long = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
-    bench = write(tmp_path / "bench.jsonl", [{"question": f"Well: {long}?", "answer": "#### 1"}, {"question": "Who am I", "answer": "2"},
-                                             {"turns": [{"content": "Say yes"}, "Twice"]}])
-    said = [(long.replace(" seven", " SEVEN,"), "a"), (long.replace(" two", ""), "a"), (long.replace(" seven", " 7"), "a"),
+    bench = write(tmp_path / "bench.jsonl", [{"question": f"Well: {long}?", "answer": "#### 1"}, {
+        "question": "Who am I", "answer": "2"}, {"turns": [{"content": "Say yes"}, "Twice"]}])
+    said = [*((long.replace(*change), "a") for change in ((" seven", " SEVEN,"), (" two", ""), (" seven", " 7"))),
             ("x", f"so {long} it is"), ("who am I?", "a"), ("tell me who am I", "a"), ("x", "Say yes"), ("twice", "b")]
     rows = [{"query": q, "response": r} for q, r in said]
     flags = ("decontaminate", "--data", write(tmp_path / "a.jsonl", rows), "--against", bench)
@@ -220,7 +222,8 @@ def test_diverse_equals_one_at_a_time():
 def test_diverse_hundred_thousand():
     """100k candidates of 256 dimensions, 10k kept, none of the rest kept before: minutes at most."""
     rng = np.random.default_rng(3)
-    x = (rng.normal(size=(10_000, 256))[rng.integers(10_000, size=100_000)] + 0.1 * rng.normal(size=(100_000, 256))).astype(np.float32)
+    x = rng.normal(size=(10_000, 256))[rng.integers(10_000, size=100_000)] + 0.1 * rng.normal(size=(100_000, 256))
+    x = x.astype(np.float32)
     started = time.time()
     kept = data.diverse(x, np.arange(100_000), 10_000)
     seconds = time.time() - started
@@ -235,7 +238,8 @@ RATED = [pair(f"q{i}", "a " * (i % 5 + 1) + f"{i}", f"b{i}", s) for i, s in
 @pytest.mark.parametrize("method, expected", [
     ("argilla", [1, 2, 3]), ("alpagasus", [8, 1, 2]), ("a2", [1, 4, 2]), ("longest", [5, 4, 3])])
 def test_select_command(method, expected, tmp_path):
-    made, rows = run(tmp_path, "select", "--pairs", "--method", method, "--budget", 3, "--data", write(tmp_path / "p.jsonl", RATED))
+    made, rows = run(tmp_path, "select", "--pairs", "--method", method, "--budget", 3, "--data",
+                     write(tmp_path / "p.jsonl", RATED))
     assert [r["row"] for r in rows] == expected and made["selected"] == 3
     assert (tmp_path / "out/select.png").stat().st_size > 5000 and all(r["selection_score"] is not None for r in rows)
     assert data.to_pair(rows[0]).score_chosen == rows[0]["score_chosen"]          # reads back as a source
@@ -254,8 +258,8 @@ def test_select_says_what_it_cannot_do(tmp_path, capsys):
 
 def test_random_is_nested_and_seeded(tmp_path):
     a = write(tmp_path / "a.jsonl", [{"query": str(i), "response": "a"} for i in range(50)])
-    take = lambda n, seed=42: [r["row"] for r in run(tmp_path, "select", "--method", "random", "--budget", n, "--seed", seed,
-                                                     "--data", a)[1]]
+    take = lambda n, seed=42: [r["row"] for r in run(tmp_path, "select", "--method", "random", "--budget", n, "--seed",
+                                                     seed, "--data", a)[1]]
     assert take(20)[:5] == take(5) != take(5, 1)
 
 
@@ -271,10 +275,12 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     tokenizer = data.demo_tokenizer()
     tokenizer.chat_template = CHAT
-    shape = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                 num_key_value_heads=2, max_position_embeddings=300, pad_token_id=tokenizer.pad_token_id)
+    shape = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                 num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=300,
+                 pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(0)
-    for name, make, more in (("rm", AutoModelForSequenceClassification, dict(num_labels=1)), ("lm", AutoModelForCausalLM, {}),
+    for name, make, more in (("rm", AutoModelForSequenceClassification, dict(num_labels=1)),
+                             ("lm", AutoModelForCausalLM, {}),
                              ("two", AutoModelForSequenceClassification, dict(num_labels=2))):
         make.from_config(LlamaConfig(**shape, **more)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -289,13 +295,14 @@ def test_rewards_and_deita_scores_one_at_a_time(models, tmp_path):
     tokenizer, model = rm[:2]
     one = [model(input_ids=torch.tensor([tokenizer(t).input_ids])).logits.item() for t in texts]
     assert np.allclose(data.score_texts(rm, "reward", texts, tmp_path, 100), one, atol=1e-5)
-    model = lm[1]
-    logits = [model(input_ids=torch.tensor([tokenizer(t).input_ids])).logits[0, -1] for t in texts]
-    p = [x[[tokenizer.convert_tokens_to_ids(str(k)) for k in range(1, 7)]].double().softmax(0).detach().numpy() for x in logits]
+    model, ids = lm[1], [torch.tensor([tokenizer(t).input_ids]) for t in texts]
+    digits = [tokenizer.convert_tokens_to_ids(str(k)) for k in range(1, 7)]
+    p = [model(input_ids=x).logits[0, -1, digits].double().softmax(0).detach().numpy() for x in ids]
     found = data.score_texts(lm, "rating", texts, tmp_path, 100)
     assert np.allclose(found, [(np.arange(1, 7) * x).sum() for x in p], atol=1e-5)
-    hidden = [model.model(input_ids=torch.tensor([tokenizer(t).input_ids])).last_hidden_state[0, -1].detach().numpy() for t in texts]
-    vectors = [np.frombuffer(data.base64.b64decode(x), np.float32) for x in data.score_texts(lm, "embedding", texts, tmp_path, 100)]
+    hidden = [model.model(input_ids=x).last_hidden_state[0, -1].detach().numpy() for x in ids]
+    found = data.score_texts(lm, "embedding", texts, tmp_path, 100)
+    vectors = [np.frombuffer(data.base64.b64decode(x), np.float32) for x in found]
     assert np.allclose(vectors, hidden, atol=1e-5)
     assert data.score_texts((tokenizer, model, lm[2]), "rating", ["x" * 301], tmp_path, 100) == [None]
 
@@ -314,8 +321,8 @@ def test_classifier_without_padding_token_scores_the_last_token(models, tmp_path
 
 def test_scoring_goes_on_after_a_kill(models, tmp_path, monkeypatch):
     """The third batch dies and leaves a torn line: what is whole stays, the rest is computed once."""
-    rm, texts, computed = data.load_scorer(str(models / "rm"), "reward"), [f"text {i} " * (i + 1) for i in range(12)], []
-    plain = data.score_batch
+    rm, texts = data.load_scorer(str(models / "rm"), "reward"), [f"text {i} " * (i + 1) for i in range(12)]
+    computed, plain = [], data.score_batch
 
     def counted(tokenizer, model, kind, rows, pad):
         if len(computed) == 6:
@@ -336,20 +343,24 @@ def test_scoring_goes_on_after_a_kill(models, tmp_path, monkeypatch):
 
 
 def test_deita_command(models, tmp_path):
-    """Against its parts: complexity x quality summed over turns, then the greedy rule; twice, the second from the cache."""
-    rows = [{"messages": data.ask(f"q{i}", "a" * i) + (data.ask("r", f"b{i}") if i % 3 == 0 else [])} for i in range(1, 13)]
+    """Against its parts, complexity x quality summed over turns; called twice, the second from the cache."""
+    rows = [{"messages": data.ask(f"q{i}", "a" * i) + (data.ask("r", f"b{i}") if i % 3 == 0 else [])}
+            for i in range(1, 13)]
     flags = ["select", "--method", "deita", "--budget", 6, "--data", write(tmp_path / "a.jsonl", rows)]
     flags += [x for kind in ("complexity", "quality", "embedding") for x in (f"--{kind}-model", models / "lm")]
     made, kept = run(tmp_path, *flags)
     lm = data.load_scorer(str(models / "lm"), "rating")
-    value = lambda kind, q, a: data.score_texts(lm, "rating", [data.DEITA[kind].format(instruction=q, output=a)], tmp_path / "x", 9)[0]
+    value = lambda kind, q, a: data.score_texts(lm, "rating", [data.DEITA[kind].format(instruction=q, output=a)],
+                                                tmp_path / "x", 9)[0]
     for r in kept:
         m = [x["content"] for x in r["messages"]]
-        assert np.isclose(r["selection_score"], sum(value("complexity", q, a) * value("quality", q, a) for q, a in zip(m[::2], m[1::2])))
+        assert np.isclose(r["selection_score"], sum(value("complexity", q, a) * value("quality", q, a)
+                                                    for q, a in zip(m[::2], m[1::2])))
     order = [r["selection_score"] for r in kept]
     assert order == sorted(order, reverse=True) and made["selected"] == len(kept) <= 6
-    before = {f: f.stat().st_size for f in (tmp_path / "cache/scores").iterdir()}
-    assert run(tmp_path, *flags)[1] == kept and before == {f: f.stat().st_size for f in (tmp_path / "cache/scores").iterdir()}
+    sizes = lambda: {f: f.stat().st_size for f in (tmp_path / "cache/scores").iterdir()}
+    before = sizes()
+    assert run(tmp_path, *flags)[1] == kept and before == sizes()
 
 
 def test_models_that_cannot_score_are_refused(models, tmp_path):
@@ -392,7 +403,8 @@ def test_fit_needs_ratings_that_differ(ratings, rewards, why):
 def test_annotate_command(models, tmp_path, degree):
     """Original ratings win; the missing ones are numpy's polynomial of the rescaled rewards, inside 1..10."""
     rows = [*RATED, *[pair(f"new {i}", f"x{i}", f"y{i}") for i in range(5)]]
-    made, out = run(tmp_path, "annotate", "--rm", models / "rm", "--degree", degree, "--data", write(tmp_path / "p.jsonl", rows))
+    made, out = run(tmp_path, "annotate", "--rm", models / "rm", "--degree", degree, "--data",
+                    write(tmp_path / "p.jsonl", rows))
     r = np.array([[x["reward_chosen"], x["reward_rejected"]] for x in out])
     known = np.array([[np.nan if v is None else v for v in (x["score_chosen"], x["score_rejected"])] for x in rows])
     z, has = (r - r.min()) / (r.max() - r.min()), ~np.isnan(known)
@@ -417,8 +429,9 @@ def test_annotate_without_ratings(models, tmp_path):
 
 # ------------------------------------------------------------------------------------------ statistics
 def test_stats_command(tmp_path, capsys):
-    a, b = write(tmp_path / "a.jsonl", RATED), write(tmp_path / "b.jsonl", [pair("q", "a", "b"), pair("s", "a" * 99, "b")])
-    total = data.main(["stats", "--pairs", "--data", a, b, "--output", str(tmp_path / "out"), "--cache-dir", str(tmp_path / "c")])
+    a = write(tmp_path / "a.jsonl", RATED)
+    b = write(tmp_path / "b.jsonl", [pair("q", "a", "b"), pair("s", "a" * 99, "b")])
+    total = run(tmp_path, "stats", "--pairs", "--data", a, b)[0]
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert total["examples"] == 10 and total["ratings"] == 7 and total["gaps"] == 6
     assert np.isclose(total["mean_gap"], (8 + 8 + 2 + 2 + 1 + 0) / 6) and report["sources"][b]["ratings"] == 0

@@ -26,7 +26,8 @@ SFT = {
     "meta-math/MetaMathQA": (
         {"type": "MATH_AnsAug", "query": "q", "original_question": "o", "response": "a"}, [U("q"), A("a")]),
     "HuggingFaceH4/ultrachat_200k:train_sft": (
-        {"prompt": "q", "prompt_id": "f0", "messages": [U("q"), A("a"), U("r"), A("b")]}, [U("q"), A("a"), U("r"), A("b")]),
+        {"prompt": "q", "prompt_id": "f0", "messages": [U("q"), A("a"), U("r"), A("b")]},
+        [U("q"), A("a"), U("r"), A("b")]),
     "microsoft/orca-math-word-problems-200k": ({"question": "q", "answer": "a"}, [U("q"), A("a")]),
     "LDJnr/Capybara": (
         {"source": "Airoboros", "conversation": [{"input": "q", "output": "a"}, {"input": "r", "output": "b"}]},
@@ -41,7 +42,7 @@ def aspects(*ratings):
 
 
 def completion(text, *ratings, overall=10.0):
-    return {"model": "m", "response": text, "annotations": aspects(*ratings), "overall_score": overall, "critique": "..."}
+    return {"model": "m", "response": text, "annotations": aspects(*ratings), "overall_score": overall, "critique": ""}
 
 
 HELPSTEER = dict(correctness=4, coherence=4, complexity=0, verbosity=0)
@@ -53,13 +54,15 @@ PAIRS = {
     "argilla/ultrafeedback-binarized-preferences-cleaned": (
         {"source": "evol", "prompt": "q", "chosen": [U("q"), A("a")], "chosen-rating": 5.0, "chosen-model": "x",
          "rejected": [U("q"), A("b")], "rejected-rating": 3.0, "rejected-model": "y"}, [U("q")], "a", "b", 10, 5.5),
-    "openbmb/UltraFeedback": (                              # means 4 and 3 of 1..5: 1 + 9 * 3/4, 1 + 9 * 2/4; one unrated
+    "openbmb/UltraFeedback": (                              # means 4, 3 of 1..5: 1 + 9 * 3/4, 1 + 9 * 2/4; one unrated
         {"source": "evol", "instruction": "q", "models": ["m"] * 3, "correct_answers": ["None"], "completions": [
-            completion("b", "3", "3", "3", "3"), completion("a", "5", "4", "4", "3"), completion("c", "5", "5", "5", "N/A")]},
+            completion("b", "3", "3", "3", "3"), completion("a", "5", "4", "4", "3"),
+            completion("c", "5", "5", "5", "N/A")]},
         [U("q")], "a", "b", 7.75, 5.5),
     "Anthropic/hh-rlhf": (
         {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: c",
-         "rejected": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: d"}, [U("q"), A("a"), U("r")], "c", "d", None, None),
+         "rejected": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: d"},
+        [U("q"), A("a"), U("r")], "c", "d", None, None),
     "CarperAI/openai_summarize_comparisons": (
         {"prompt": "POST: p\nTL;DR:", "chosen": "TL;DR: a", "rejected": "TL;DR: b"}, [U("POST: p\nTL;DR:")], "TL;DR: a",
         "TL;DR: b", None, None),
@@ -70,7 +73,8 @@ PAIRS = {
         [U("SUBREDDIT: r/x\nTITLE: t\nPOST: p\nTL;DR:")], "a", "b", None, None),
     "berkeley-nest/Nectar": (
         {"prompt": "\n\nHuman: q\n\nAssistant: ", "turns": 1, "num_responses": 2, "source": ["anthropic-hh"],
-         "good_natured": True, "answers": [{"answer": "b", "model": "x", "rank": 2.0}, {"answer": "a", "model": "y", "rank": 1.0}]},
+         "good_natured": True, "answers": [{"answer": "b", "model": "x", "rank": 2.0},
+                                           {"answer": "a", "model": "y", "rank": 1.0}]},
         [U("q")], "a", "b", None, None),
     "nvidia/HelpSteer": (                                   # means 4 and 3 of 0..4: 10 and 1 + 9 * 3/4
         {"prompt": "q", "responses": [{"prompt": "q", "response": "b", "helpfulness": 1, **HELPSTEER},
@@ -79,16 +83,19 @@ PAIRS = {
     "PKU-Alignment/PKU-SafeRLHF": (
         {"prompt": "q", "response_0": "b", "response_1": "a", "is_response_0_safe": False, "is_response_1_safe": True,
          "better_response_id": 1, "safer_response_id": 1}, [U("q")], "a", "b", None, None),
-    "jondurbin/py-dpo-v0.1": ({"prompt": "q", "chosen": "a", "rejected": "b", "id": "7"}, [U("q")], "a", "b", None, None),
+    "jondurbin/py-dpo-v0.1": (
+        {"prompt": "q", "chosen": "a", "rejected": "b", "id": "7"}, [U("q")], "a", "b", None, None),
     "argilla/distilabel-capybara-dpo-7k-binarized": (
-        {"source": "GOAT", "conversation": [{"input": "q", "output": "x"}, {"input": "r", "output": "y"}], "prompt": "q",
-         "chosen": [U("q"), A("x"), U("r"), A("a")], "rejected": [U("q"), A("x"), U("r"), A("b")], "rating_chosen": 5,
-         "rating_rejected": 2, "chosen_model": "m", "rejected_model": "n"}, [U("q"), A("x"), U("r")], "a", "b", 10, 3.25),
+        {"source": "GOAT", "conversation": [{"input": "q", "output": "x"}, {"input": "r", "output": "y"}],
+         "prompt": "q", "chosen": [U("q"), A("x"), U("r"), A("a")], "rejected": [U("q"), A("x"), U("r"), A("b")],
+         "rating_chosen": 5, "rating_rejected": 2, "chosen_model": "m", "rejected_model": "n"},
+        [U("q"), A("x"), U("r")], "a", "b", 10, 3.25),
     "Intel/orca_dpo_pairs": (
         {"system": "s", "question": "q", "chosen": "a", "rejected": "b"}, [S("s"), U("q")], "a", "b", None, None),
     "argilla/distilabel-intel-orca-dpo-pairs": (
-        {"system": "", "input": "q", "chosen": "a", "rejected": "b", "generations": ["b", "a"], "order": ["rejected", "chosen"],
-         "rating": [7.0, 9.0], "status": "unchanged", "chosen_score": 9.0, "in_gsm8k_train": False},
+        {"system": "", "input": "q", "chosen": "a", "rejected": "b", "generations": ["b", "a"],
+         "order": ["rejected", "chosen"], "rating": [7.0, 9.0], "status": "unchanged",
+         "chosen_score": 9.0, "in_gsm8k_train": False},
         [U("q")], "a", "b", 9, 7)}
 
 
@@ -112,12 +119,15 @@ def without(row, key):
     return {k: v for k, v in row.items() if k != key}
 
 
-NEEDS = {"openbmb/UltraFeedback": ["instruction", "completions"], "openai/summarize_from_feedback": ["info", "summaries", "choice"],
+NEEDS = {"openbmb/UltraFeedback": ["instruction", "completions"],
+         "openai/summarize_from_feedback": ["info", "summaries", "choice"],
          "berkeley-nest/Nectar": ["prompt", "answers"], "nvidia/HelpSteer": ["prompt", "responses"],
-         "PKU-Alignment/PKU-SafeRLHF": ["prompt", "response_0", "response_1", "better_response_id", "safer_response_id"]}
+         "PKU-Alignment/PKU-SafeRLHF": ["prompt", "response_0", "response_1", "better_response_id",
+                                        "safer_response_id"]}
+READ = {"conversations", "conversation", "messages", "query", "response", "question", "answer", "instruction"}
 
 
-@pytest.mark.parametrize("name, key", [(n, k) for n, row in PAIRS.items() for k in NEEDS.get(n, ["chosen", "rejected"])])
+@pytest.mark.parametrize("name, key", [(n, k) for n in PAIRS for k in NEEDS.get(n, ["chosen", "rejected"])])
 @pytest.mark.parametrize("change", ["gone", "null"])
 def test_pair_that_lacks_what_it_needs(name, key, change):
     row = PAIRS[name][0]
@@ -125,9 +135,7 @@ def test_pair_that_lacks_what_it_needs(name, key, change):
         data.to_pair(without(row, key) if change == "gone" else {**row, key: None})
 
 
-@pytest.mark.parametrize("name, key", [(n, k) for n, (row, _) in SFT.items() for k in
-                                       {"conversations", "conversation", "messages", "query", "response", "question", "answer",
-                                        "instruction"} & set(row)])
+@pytest.mark.parametrize("name, key", [(n, k) for n, (row, _) in SFT.items() for k in sorted(READ & set(row))])
 @pytest.mark.parametrize("change", ["gone", "null", "number"])
 def test_conversation_that_lacks_what_it_needs(name, key, change):
     row = SFT[name][0]
@@ -191,8 +199,10 @@ def test_mixes_name_known_sources_and_the_release_fractions():
     read = {name: {s.name: s.fraction for s in data.parse_sources([name])} for name in data.MIXES}
     known = {data.parse_source(n).name for n in [*SFT, *PAIRS]}
     assert all(set(sources) <= known for sources in read.values())
-    assert list(read) == ["lion-sft", "lion-sft-1.6m", "deita-10k", "lion-dpo-study", "lion-dpo-gemma", "lion-dpo-llama"]
-    assert set(read["lion-sft-1.6m"]) == {"teknium/OpenHermes-2.5", "meta-math/MetaMathQA", "HuggingFaceH4/ultrachat_200k"}
+    assert list(read) == ["lion-sft", "lion-sft-1.6m", "deita-10k", "lion-dpo-study", "lion-dpo-gemma",
+                          "lion-dpo-llama"]
+    assert set(read["lion-sft-1.6m"]) == {"teknium/OpenHermes-2.5", "meta-math/MetaMathQA",
+                                          "HuggingFaceH4/ultrachat_200k"}
     gemma, llama = read["lion-dpo-gemma"], read["lion-dpo-llama"]
     assert {k.split("/")[1]: v for k, v in gemma.items() if v < 1} == {
         "PKU-SafeRLHF": 0.1, "openai_summarize_comparisons": 0.1, "Nectar": 0.25}
@@ -220,7 +230,7 @@ def chatml():
 
 
 def test_refused_rows_are_counted_with_source_row_and_reason(chatml, tmp_path):
-    """A row of other columns, one without its rating's scale, one with a tie: each named by its line; the rest stays."""
+    """A row of other columns, one with a tie, one without its answers: each named by its line; the rest stays."""
     good = PAIRS["openbmb/UltraFeedback"][0]
     tie = {"instruction": "q", "completions": [completion("a", 4, 4, 4, 4), completion("b", 4, 4, 4, 4)]}
     a = write(tmp_path / "a.jsonl", [{"text": "unknown"}, good, tie, {**good, "completions": None}])
@@ -233,10 +243,12 @@ def test_refused_rows_are_counted_with_source_row_and_reason(chatml, tmp_path):
 
 def test_helpsteer_rows_of_a_prompt_make_one_pair_wherever_they_stand(chatml, tmp_path):
     row = lambda prompt, text, h: {"prompt": prompt, "response": text, "helpfulness": h, **HELPSTEER}
-    a = write(tmp_path / "a.jsonl", [row("q", "b", 1), row("r", "c", 2), row("q", "a", 4), row("s", "d", 0), row("r", "e", 2)])
+    rows = [row("q", "b", 1), row("r", "c", 2), row("q", "a", 4), row("s", "d", 0), row("r", "e", 2)]
+    a = write(tmp_path / "a.jsonl", rows)
     made = data.prepare([a], *chatml, max_length=100, cache_dir=str(tmp_path / "cache"), pairs=True)
     assert [json.loads(x) for x in made.dataset["messages_json"]] == [[[U("q")], "a", "b"]]
-    assert made.stats["sources"][a]["reasons"] == {"all ratings tie": [1, f"{a}:2"], "fewer than two rated answers": [1, f"{a}:4"]}
+    assert made.stats["sources"][a]["reasons"] == {"all ratings tie": [1, f"{a}:2"],
+                                                   "fewer than two rated answers": [1, f"{a}:4"]}
     assert len(data.prepare([a], *chatml, max_length=100, cache_dir=str(tmp_path / "cache")).dataset) == 5
 
 
@@ -261,8 +273,9 @@ def test_same_rows_whatever_the_hash_seed_and_the_processes(chatml, tmp_path):
               "m = data.prepare([sys.argv[2]], t, data.set_template(t), max_length=64, cache_dir=sys.argv[3],"
               "num_proc=int(sys.argv[4]), max_examples=6000, empty_system=0.5);"
               "print(json.dumps([m.dataset['row'][:], m.dataset['length'][:], m.stats['total']]))")
-    seen = {subprocess.run([sys.executable, "-c", script, str(Path(data.__file__).parent), a, str(tmp_path / f"c{n}{seed}"), str(n)],
-                           capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed}).stdout
+    seen = {subprocess.run([sys.executable, "-c", script, str(Path(data.__file__).parent), a,
+                            str(tmp_path / f"c{n}{seed}"), str(n)], capture_output=True, text=True, check=True,
+                           env={**os.environ, "PYTHONHASHSEED": seed}).stdout
             for n, seed in ((1, "1"), (2, "2"))}
     rows, lengths, total = json.loads(seen.pop())
     assert not seen and len(rows) == 6000 and total["duplicates"] == 800
@@ -275,7 +288,8 @@ def test_kill_in_the_middle_continues(tmp_path):
     """SIGKILL once some chunks are there; the same call goes on without computing them again, to the same rows."""
     a = write(tmp_path / "a.jsonl", [{"query": f"q {i}", "response": "word " * 30} for i in range(6000)])
     script = ("import sys; sys.path.insert(0, sys.argv[1]); import data; t = data.demo_tokenizer(); data.CHUNK = 500;"
-              "m = data.prepare([sys.argv[2]], t, data.set_template(t), max_length=512, cache_dir=sys.argv[3], num_proc=2);"
+              "m = data.prepare([sys.argv[2]], t, data.set_template(t), max_length=512, cache_dir=sys.argv[3],"
+              "num_proc=2);"
               "print(m.dataset['row'][:])")
     command = [sys.executable, "-c", script, str(Path(data.__file__).parent), a]
     p = subprocess.Popen([*command, str(tmp_path / "c")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -299,12 +313,13 @@ def test_kill_in_the_middle_continues(tmp_path):
 def test_convert_continues_behind_a_torn_record(tmp_path):
     a = write(tmp_path / "a.jsonl", [{"query": f"q {i}", "response": "a"} for i in range(50)])
     parsed = data.parse_sources([a])
-    with_all = data.convert(parsed, False, 42, (tmp_path / "x").mkdir() or tmp_path / "x")
-    (tmp_path / "y").mkdir()
-    size = data.INDEX.itemsize
-    (tmp_path / "y/index.bin").write_bytes((tmp_path / "x/index.bin").read_bytes()[:20 * size + 5])
-    (tmp_path / "y/rows.jsonl").write_bytes((tmp_path / "x/rows.jsonl").read_bytes()[:int(with_all.index["end"][24]) - 3])
-    again = data.convert(parsed, False, 42, tmp_path / "y")
+    x, y = tmp_path / "x", tmp_path / "y"
+    x.mkdir(), y.mkdir()
+    with_all = data.convert(parsed, False, 42, x)
+    torn = int(with_all.index["end"][24]) - 3
+    (y / "index.bin").write_bytes((x / "index.bin").read_bytes()[:20 * data.INDEX.itemsize + 5])
+    (y / "rows.jsonl").write_bytes((x / "rows.jsonl").read_bytes()[:torn])
+    again = data.convert(parsed, False, 42, y)
     assert again.path.read_bytes() == with_all.path.read_bytes() and again.index.tobytes() == with_all.index.tobytes()
 
 
