@@ -1332,6 +1332,7 @@ def decontaminate(store: Converted, work: Path, out: Path, args) -> dict:
     rows = np.array([i for i, *_ in hits], dtype=np.int64)
     shown = [{"row": store.where(i), "benchmark": where, "shared": gram} for i, gram, where in hits]
     write_lines(out / "hits.jsonl", map(json_line, shown))
+    (out / "rows.jsonl").unlink(missing_ok=True)             # no other run's rows beside this report
     if args.remove:
         write_lines(out / "rows.jsonl", store.lines(np.setdiff1d(good, rows)))
     print(f"{len(hits):,} of {len(good):,} rows share {BENCHMARK_GRAM} words in a row with one of {prompts:,} prompts"
@@ -1466,6 +1467,7 @@ def score_texts(scorer, kind: str, texts: list[str], folder: Path, batch_tokens:
     name = lambda text: hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     whole = 0
     with open(path, "ab+") as f:
+        fcntl.lockf(f, fcntl.LOCK_EX)                       # one process adds to it at a time
         f.seek(0)
         for line in f:
             if line.endswith(b"\n"):
@@ -1663,18 +1665,20 @@ def annotate(store: Converted, work: Path, out: Path, args) -> dict:
     figure(out / "annotate.png", [("rating given", "rating predicted", {
         "answers": (ratings[known], predicted[known]), "equal": ([1, 10], [1, 10])})])
     error, both = predicted[known] - ratings[known], ~np.isnan(rewards).any(0)
+    slope = np.polynomial.polynomial.polyval(np.linspace(0, 1, 101), np.polynomial.polynomial.polyder(c))
     report = {"pairs": len(good), "scored_pairs": int(both.sum()), "ties": int((rewards[0] == rewards[1]).sum()),
               "agreement": float((rewards[0] > rewards[1])[both].sum() / max(1, both.sum())),
               "rated_answers": int(known.sum()),
               "annotated_answers": int((np.isnan(ratings) & ~np.isnan(rewards)).sum()),
               "clipped": int((raw != predicted)[~np.isnan(raw)].sum()), "too_long": int(np.isnan(rewards).sum()),
-              "low": low, "high": high, "coefficients": c.tolist(), "mse": float((error ** 2).mean()),
-              "mae": float(np.abs(error).mean())}
+              "low": low, "high": high, "monotone": bool((slope >= 0).all()), "coefficients": c.tolist(),
+              "mse": float((error ** 2).mean()), "mae": float(np.abs(error).mean())}
     print("the reward model agrees with the label on {agreement:.2%} of {scored_pairs:,} pairs ({ties:,} ties)\n"
           "rating = sum over k of {coefficients} z^k, z = (reward - {low:g}) / ({high:g} - {low:g}), fitted on "
           "{rated_answers:,} ratings;\nthere, not held out: mean squared error {mse:.3f}, absolute {mae:.3f}\n"
           "{annotated_answers:,} answers annotated, {clipped:,} predictions clipped to 1..10, {too_long:,} answers too "
-          "long for the model and left without".format(**report))
+          "long for the model and left without".format(**report)
+          + ("" if report["monotone"] else "\nthe fit falls somewhere: a higher reward is not always a higher rating"))
     return report
 
 
@@ -1887,6 +1891,8 @@ def main(argv=None) -> dict:
     if args.command not in COMMANDS:
         return show_or_stats(args)
     parsed, out = check_sources(args.data), Path(args.output)
+    if any(local_kind(s.name) and out.resolve() in Path(s.name).resolve().parents for s in parsed):
+        raise ValueError(f"--output {out}: holds what --data reads; name another folder")
     flags = {k: v for k, v in vars(args).items() if k not in ("output", "cache_dir", "num_proc")}
     against = [fingerprint(s) for s in check_sources(getattr(args, "against", []))]
     key = hashlib.sha256(json.dumps([flags, [fingerprint(s) for s in parsed], against, Path(__file__).read_text()])

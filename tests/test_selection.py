@@ -256,6 +256,13 @@ def test_select_says_what_it_cannot_do(tmp_path, capsys):
     assert len(rows) == 2 and "fewer than --budget 9" in capsys.readouterr().out
 
 
+def test_output_never_stands_on_its_input(tmp_path):
+    (tmp_path / "out").mkdir()
+    a = write(tmp_path / "out/rows.jsonl", [{"query": "q", "response": "a"}])
+    with pytest.raises(ValueError, match="holds what --data reads"):
+        run(tmp_path, "dedup", "--data", a)
+
+
 def test_random_is_nested_and_seeded(tmp_path):
     a = write(tmp_path / "a.jsonl", [{"query": str(i), "response": "a"} for i in range(50)])
     take = lambda n, seed=42: [r["row"] for r in run(tmp_path, "select", "--method", "random", "--budget", n, "--seed",
