@@ -889,16 +889,11 @@ def encode_row(line: dict, key: str, tokenizer, template, max_length, loss_on, e
 PAIR_LISTS = ("prompt", "chosen", "rejected", "chosen_targets", "rejected_targets")
 
 
-def pair_of(line: dict) -> Pair:
-    return Pair(line["prompt"], line["chosen"][0]["content"], line["rejected"][0]["content"], line["score_chosen"],
-                line["score_rejected"], line["answer"])
-
-
 def encode_pair_row(line: dict, key: str, tokenizer, template, max_length, max_prompt_length, empty_system,
                     seed) -> dict:
     """One converted pair as a row of ids; messages_json is the prompt and both answers."""
-    pair = pair_of(line)
-    pair = pair._replace(prompt=with_system(pair.prompt, key, empty_system, seed))
+    pair = Pair(with_system(line["prompt"], key, empty_system, seed), line["chosen"][0]["content"],
+                line["rejected"][0]["content"], line["score_chosen"], line["score_rejected"])
     e = encode_pair(pair, tokenizer, template, max_length=max_length, max_prompt_length=max_prompt_length)
     return e._asdict() | dict(
         length=len(e.prompt) + len(e.chosen) + len(e.rejected), turns=len(pair.prompt) + 1,
@@ -983,47 +978,44 @@ def check_sources(sources: list[str]) -> list[Source]:
     return parsed
 
 
-class Refusals:
-    """Refused rows of each source: {reason: [how many, FILE:ROW of the first]}."""
-    def __init__(self, store: Converted):
-        self.store, self.reasons = store, [{} for _ in store.names]
-        refused = np.flatnonzero(store.index["refused"])
-        for i, line in zip(refused, store.lines(refused)):
-            self.add(i, json.loads(line)["refused"])
+def refused_rows(store: Converted) -> list[tuple[int, str]]:
+    """(row, reason) of what conversion refused."""
+    rows = np.flatnonzero(store.index["refused"])
+    return [(int(i), json.loads(line)["refused"]) for i, line in zip(rows, store.lines(rows))]
 
-    def add(self, i: int, reason: str) -> None:
-        one = self.reasons[self.store.index["source"][i]].setdefault(reason, [0, i])
-        one[0], one[1] = one[0] + 1, min(one[1], i)
 
-    def of(self, source: int) -> dict:
-        return {reason: [n, self.store.where(i)] for reason, (n, i) in self.reasons[source].items()}
+def by_reason(store: Converted, refused: list[tuple[int, str]]) -> list[dict]:
+    """Of each source {reason: [how many rows, FILE:ROW of the first]}."""
+    out = [{} for _ in store.names]
+    for i, reason in sorted(refused):
+        out[store.index["source"][i]].setdefault(reason, [0, store.where(i)])[0] += 1
+    return out
 
-    def check(self, bad_rows: str, kept: int) -> None:
-        """ValueError naming them all, where no row is left or --bad-rows stop asks for it."""
-        bad = [f"{where}: {reason} ({n} such row(s))" for source in range(len(self.reasons))
-               for reason, (n, where) in self.of(source).items()]
-        if not kept or (bad and bad_rows == "stop"):
-            raise ValueError("\n".join(["--data: stopped at bad rows:" if kept else "--data: no row is left:", *bad]))
+
+def check_rows(reasons: list[dict], bad_rows: str, kept: int) -> None:
+    """ValueError naming every reason, where no row is left or --bad-rows stop asks for it."""
+    bad = [f"{where}: {reason} ({n} such row(s))" for of in reasons for reason, (n, where) in of.items()]
+    if not kept or (bad and bad_rows == "stop"):
+        raise ValueError("\n".join(["--data: stopped at bad rows:" if kept else "--data: no row is left:", *bad]))
 
 
 def _prepare(parsed, settings, pairs, max_examples, min_gap, seed, bad_rows, num_proc, work) -> Prepared:
     import datasets
     import pyarrow
     store = convert(parsed, pairs, seed, work)
-    index, refusals = store.index, Refusals(store)
+    index, refused = store.index, refused_rows(store)
     good = np.flatnonzero(~index["refused"])
     if min_gap is not None:
         gaps = gap(index["score_chosen"], index["score_rejected"])[good]
         if np.isnan(gaps).any():
             raise ValueError(f"--data: stopped at bad rows:\n{store.where(good[np.isnan(gaps)][0])}: no score, and "
                              f"--min-gap needs both ({np.isnan(gaps).sum()} such row(s))")
-        for i in good[gaps < min_gap]:
-            refusals.add(i, f"score gap below --min-gap {min_gap:g}")
+        refused += [(int(i), f"score gap below --min-gap {min_gap:g}") for i in good[gaps < min_gap]]
         good = good[gaps >= min_gap]
     first = first_of_equal(index["key"][good]) == np.arange(len(good))
     duplicates = np.bincount(index["source"][good[~first]], minlength=len(parsed))
     kept = good[first]
-    refusals.check(bad_rows, len(kept))
+    check_rows(by_reason(store, refused), bad_rows, len(kept))
 
     features = datasets.Features(
         source=datasets.Value("int16"), row=datasets.Value("int64"), answer=datasets.Value("string"),
@@ -1039,18 +1031,17 @@ def _prepare(parsed, settings, pairs, max_examples, min_gap, seed, bad_rows, num
                               len(ids), work, f"encode-{start}", num_proc):
             part = datasets.Dataset.from_file(str(path))
             with pyarrow.memory_map(str(path)) as f:
-                refused = json.loads(pyarrow.ipc.open_stream(f).schema.metadata[b"refused"])
-            for i, reason in refused:
-                refusals.add(i, reason)
+                refused += map(tuple, json.loads(pyarrow.ipc.open_stream(f).schema.metadata[b"refused"]))
             parts += [part] if len(part) else []
         start += len(ids)
-    refusals.check(bad_rows, len(parts))
+    reasons = by_reason(store, refused)
+    check_rows(reasons, bad_rows, len(parts))
     made = datasets.concatenate_datasets(parts)
 
     columns = ("source", "length", "n_targets", "cut", "turns") + ("score_chosen", "score_rejected") * pairs
     of = {k: made.data.column(k).to_numpy() for k in columns}
     lines = [summary({k: v[of["source"] == s] for k, v in of.items()}) | dict(
-        duplicates=int(duplicates[s]), reasons=refusals.of(s), refused=sum(n for n, _ in refusals.reasons[s].values()))
+        duplicates=int(duplicates[s]), reasons=reasons[s], refused=sum(n for n, _ in reasons[s].values()))
         for s in range(len(parsed))]
     stats = {"sources": {}, "total": summary(of)}
     stats["sources"].update(zip(distinct([s.name for s in parsed]), lines))
@@ -1900,10 +1891,10 @@ def main(argv=None) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     with work_folder(cache_folder(args.cache_dir) / f"{args.command}-{key}.writing") as work:
         store = convert(parsed, args.pairs, args.seed, work)
-        refusals = Refusals(store)
-        refusals.check("refuse", int((~store.index["refused"]).sum()))
+        reasons = by_reason(store, refused_rows(store))
+        check_rows(reasons, "refuse", int((~store.index["refused"]).sum()))
         report = COMMANDS[args.command](store, work, out, args)
-    report["refused"] = {name: refusals.of(s) for s, name in enumerate(distinct(store.names))}
+    report["refused"] = dict(zip(distinct(store.names), reasons))
     print("\n".join(refused_lines(report["refused"])))
     write_report(out, report | {"flags": vars(args)})
     return {k: v for k, v in report.items() if k != "examples"} | {"output": str(out)}
