@@ -47,10 +47,10 @@ PRESETS = {  # the paper's table as argparse defaults
     "demo": dict(model="runs/sft", data=["demo-pairs:train"], eval_data=["demo-pairs:test"],
                  eval_prompts=["demo:test"], batch_size=32, max_length=512, max_prompt_length=256, lr=1e-5,
                  schedule="linear", beta=0.5, chat_template="tokenizer", eval_samples=400, output="runs/dpo"),
-    "gemma-2b": dict(model="runs/gemma-2b-sft", data=["HuggingFaceH4/ultrafeedback_binarized:train_prefs"], epochs=2,
+    "gemma-2b": dict(model="runs/gemma-2b-sft", data=["lion-dpo-gemma"], epochs=2,
                      batch_size=128, max_length=2048, max_prompt_length=512, lr=5e-7, schedule="linear", beta=0.05,
                      zero=3, gradient_checkpointing=True, chat_template="tokenizer", output="runs/gemma-2b-dpo"),
-    "llama-3-8b": dict(model="runs/llama-3-8b-sft", data=["HuggingFaceH4/ultrafeedback_binarized:train_prefs"],
+    "llama-3-8b": dict(model="runs/llama-3-8b-sft", data=["lion-dpo-llama"],
                        epochs=1, batch_size=128, max_length=2048, max_prompt_length=1024, lr=5e-7,
                        schedule="cosine", beta=0.01, zero=3, gradient_checkpointing=True, seed=27,
                        chat_template="tokenizer", output="runs/llama-3-8b-dpo")}

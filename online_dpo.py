@@ -624,6 +624,7 @@ def read_prompts(args, tokenizer, template, rank: int, log) -> tuple[list[dict],
     dataset, key = sft.prepare_rows(args.data, args=args, tokenizer=tokenizer, template=template, rank=rank)
     config = AutoConfig.from_pretrained(args.model)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    names = [source.name for source in data.parse_sources(args.data)]
     rows, equal, long, first = {}, 0, 0, None
     for r in dataset.select_columns(["messages_json", "answer", "source", "row"]):
         messages = json.loads(r["messages_json"])
@@ -635,9 +636,9 @@ def read_prompts(args, tokenizer, template, rank: int, log) -> tuple[list[dict],
             equal += 1
         elif context is not None and size > context:
             long += 1
-            first = first or f"{args.data[r['source']]}, row {r['row']}: {size - args.max_new_tokens} tokens"
+            first = first or f"{names[r['source']]}, row {r['row']}: {size - args.max_new_tokens} tokens"
         else:
-            rows[name] = {"key": name, "prompt": prompt, "answer": r["answer"], "source": args.data[r["source"]]}
+            rows[name] = {"key": name, "prompt": prompt, "answer": r["answer"], "source": names[r["source"]]}
     if long:
         log(f"{long} prompts left out: with --max-new-tokens {args.max_new_tokens} they exceed the model's context of "
             f"{context} (first: {first})")

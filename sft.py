@@ -46,10 +46,10 @@ from kernels import Group, LogProbs, layout, pick_backend, use_varlen
 PRESETS = {  # the paper's table as argparse defaults
     "demo": dict(model="demo", data=["demo:train"], eval_data=["demo:test"], epochs=1, batch_size=8,
                  max_length=512, lr=3e-3, eval_samples=400, output="runs/sft"),
-    "gemma-2b": dict(model="google/gemma-2b", data=["teknium/OpenHermes-2.5"], epochs=3, batch_size=32,
+    "gemma-2b": dict(model="google/gemma-2b", data=["lion-sft"], epochs=3, batch_size=32,
                      max_length=8192, lr=2e-5, zero=1, empty_system=0.8, gradient_checkpointing=True,
                      output="runs/gemma-2b-sft"),
-    "llama-3-8b": dict(model="meta-llama/Meta-Llama-3-8B", data=["teknium/OpenHermes-2.5"], epochs=1,
+    "llama-3-8b": dict(model="meta-llama/Meta-Llama-3-8B", data=["lion-sft"], epochs=1,
                        batch_size=32, max_length=8192, lr=2e-5, zero=3, empty_system=0.8,
                        gradient_checkpointing=True, output="runs/llama-3-8b-sft")}
 # flags that cannot change the result, beyond rounding: a resumed run may change them
@@ -110,7 +110,7 @@ def stage_parser(description: str, presets: dict) -> argparse.ArgumentParser:
     add = p.add_argument_group("model and data").add_argument
     add("--preset", choices=list(presets), help="the paper's settings; default: by --model, demo if none")
     add("--model", help="Hub id or folder; 'demo' is a small random Llama made in code")
-    add("--data", nargs="+", help="NAME[:split][=fraction], several")
+    add("--data", nargs="+", help="NAME[:split][=fraction] or a mix (data.py's MIXES), several")
     add("--eval-data", nargs="+", help="held-out sources, same form; None: no evaluation")
     add("--chat-template", default="chatml", help="chatml, tokenizer (its own) or a jinja file")
     add("--max-length", type=int, default=2048, help="tokens a row; longer ones are cut and counted")
