@@ -25,9 +25,9 @@ def test_table_names_the_line_of_each_function():
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    """What `python sft.py` leaves, after two steps."""
+    """What `python sft.py` leaves after forty steps: its answers are text, if wrong."""
     folder = tmp_path_factory.mktemp("sft")
-    sft.main(["--max-steps", "2", "--eval-samples", "0", "--output", str(folder / "run"), "--cache-dir",
+    sft.main(["--max-steps", "40", "--eval-samples", "0", "--output", str(folder / "run"), "--cache-dir",
               str(folder / "cache")])
     return str(folder / "run")
 
@@ -38,7 +38,7 @@ def test_command(command, policy, tmp_path):
     program, *args = command.split()
     if args[0] == "evaluate.py":
         return evaluate_command(args, policy, tmp_path)
-    judge = tmp_path / "judge.py"                           # two steps of SFT answer nothing right: any difference will do
+    judge = tmp_path / "judge.py"                           # forty steps of SFT answer little right: any difference will do
     judge.write_text("def score(prompt, answers, reference):\n    return [sum(map(ord, a)) % 97 for a in answers]\n")
     if program == "deepspeed":
         assert {"dpo.py": dpo, "online_dpo.py": online_dpo, "sft.py": sft}[args[0]].PRESETS["gemma-2b"]["model"] == args[2]
