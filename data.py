@@ -179,17 +179,20 @@ class Pair(NamedTuple):
     score_chosen: float | None = None
     score_rejected: float | None = None
     answer: str | None = None      # reference answer for exact match
+    unfinished: tuple = ()         # "chosen", "rejected": answers that a length limit cut; they have no end of turn
 
 
 class Conversation(NamedTuple):
     messages: list[dict]           # [{role, content}]
     last_only: bool = False        # train the last assistant turn only (a preference row's chosen)
     answer: str | None = None      # reference answer for exact match
+    unfinished: bool = False       # the last turn was cut where it was sampled: no end of turn is forged
 
 
 def with_answer(pair: Pair, which: str) -> Conversation:
     """The pair's prompt and its `which` answer, chosen or rejected, the one turn that trains."""
-    return Conversation(pair.prompt + [{"role": "assistant", "content": getattr(pair, which)}], True, pair.answer)
+    return Conversation(pair.prompt + [{"role": "assistant", "content": getattr(pair, which)}], True, pair.answer,
+                        which in pair.unfinished)
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
@@ -229,7 +232,7 @@ def reference(row) -> str | None:
 
 
 def from_messages(row):
-    return Conversation(turns(row["messages"]), row.get("last_only") is True, reference(row))
+    return Conversation(turns(row["messages"]), row.get("last_only") is True, reference(row), row.get("unfinished") is True)
 
 
 def from_sharegpt(row):
@@ -322,7 +325,7 @@ def side(row, which: str) -> list[dict]:
 
 def from_preference(row):
     """prompt + chosen, its last turn as the target (the paper's 'SFT on chosen')."""
-    return Conversation(side(row, "chosen"), True, reference(row))
+    return Conversation(side(row, "chosen"), True, reference(row), "chosen" in (row.get("unfinished") or ()))
 
 
 def pair_from_preference(row):
@@ -332,7 +335,8 @@ def pair_from_preference(row):
         raise ValueError("the histories of chosen and rejected differ")
     if not chosen or not rejected or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
         raise ValueError("an answer is missing")
-    return Pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], *ratings_of(row), reference(row))
+    return Pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"], *ratings_of(row), reference(row),
+                tuple(row.get("unfinished") or ()))
 
 
 def draw(text: str, n: int) -> int:
@@ -601,6 +605,8 @@ def encode(conversation: Conversation, tokenizer, template: Template, *, max_len
         targets[first:end] = [True] * (end - first)
     if loss_on == "all":
         targets = [True] * len(ids)
+    if conversation.unfinished:
+        ids, targets = ids[:end - 1], targets[:end - 1]
     targets[0] = False
     cut = max(0, len(ids) - max_length) if max_length else 0
     ids, targets = ids[:len(ids) - cut], targets[:len(ids) - cut]
@@ -750,7 +756,7 @@ def convert_line(row: dict, pairs: bool, source: str, n: int):
     """A raw row -> (its line as a dict, 16 bytes of its canonical hash, scores). ValueError when it is refused."""
     if not pairs:
         c = to_conversation(row)
-        extra = {"last_only": True} if c.last_only else {}
+        extra = {k: True for k in ("last_only", "unfinished") if getattr(c, k)}
         return (dict(messages=c.messages, **extra, answer=c.answer, source=source, row=n),
                 bytes.fromhex(canonical_hash(c.messages)), None, None)
     pair = to_pair(row)
@@ -879,7 +885,7 @@ def gap(chosen, rejected) -> np.ndarray:
 
 def encode_row(line: dict, key: str, tokenizer, template, max_length, loss_on, empty_system, seed) -> dict:
     """One converted conversation as a row of ids. ValueError(short reason) when it is refused."""
-    c = Conversation(line["messages"], line.get("last_only", False), line["answer"])
+    c = Conversation(line["messages"], line.get("last_only", False), line["answer"], line.get("unfinished", False))
     c = c._replace(messages=with_system(c.messages, key, empty_system, seed))
     e = encode(c, tokenizer, template, max_length=max_length, loss_on=loss_on)
     return dict(input_ids=e.input_ids, targets=e.targets, length=len(e.input_ids), n_targets=sum(e.targets),
@@ -891,14 +897,15 @@ PAIR_LISTS = ("prompt", "chosen", "rejected", "chosen_targets", "rejected_target
 
 def encode_pair_row(line: dict, key: str, tokenizer, template, max_length, max_prompt_length, empty_system,
                     seed) -> dict:
-    """One converted pair as a row of ids; messages_json is the prompt and both answers."""
+    """One converted pair as a row of ids; messages_json is the prompt, both answers and which were cut."""
     pair = Pair(with_system(line["prompt"], key, empty_system, seed), line["chosen"][0]["content"],
-                line["rejected"][0]["content"], line["score_chosen"], line["score_rejected"])
+                line["rejected"][0]["content"], line["score_chosen"], line["score_rejected"],
+                unfinished=tuple(line["unfinished"]))
     e = encode_pair(pair, tokenizer, template, max_length=max_length, max_prompt_length=max_prompt_length)
     return e._asdict() | dict(
         length=len(e.prompt) + len(e.chosen) + len(e.rejected), turns=len(pair.prompt) + 1,
         n_targets=sum(e.chosen_targets) + sum(e.rejected_targets), score_chosen=pair.score_chosen,
-        score_rejected=pair.score_rejected, messages_json=json.dumps([pair.prompt, pair.chosen, pair.rejected]))
+        score_rejected=pair.score_rejected, messages_json=json.dumps([*pair[:3], pair.unfinished]))
 
 
 def encode_chunk(store: Converted, ids, pairs: bool, settings: dict, schema, start: int, stop: int, file) -> None:

@@ -249,8 +249,9 @@ def other_tokens(dataset, args, tokenizer, template) -> object:
     settings = dict(max_length=args.max_length, max_prompt_length=args.max_prompt_length)
     rows = {k: [] for k in (*data.PAIR_LISTS, "n_targets")}
     for i, text in enumerate(dataset["messages_json"]):
+        *sides, unfinished = json.loads(text)
         try:
-            e = data.encode_pair(data.Pair(*json.loads(text)), tokenizer, template, **settings)
+            e = data.encode_pair(data.Pair(*sides, unfinished=unfinished), tokenizer, template, **settings)
         except ValueError as error:
             raise ValueError(f"--ref {args.ref}: its tokenizer cannot take pair {i} (source {dataset[i]['source']}, row "
                              f"{dataset[i]['row']}): {error}. Take that row out, or another reference") from None

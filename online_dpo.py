@@ -123,7 +123,8 @@ def pick_pairs(rows: list[dict], scores, *, min_gap: float = 0.0, truncated_can_
             continue
         said = lambda k: [{"role": "assistant", "content": row["answers"][k]["text"]}]
         pairs.append({"prompt": row["prompt"], "chosen": said(w), "rejected": said(l), "score_chosen": s[w],
-                      "score_rejected": s[l], "answer": row["answer"], "source": "online"})
+                      "score_rejected": s[l], "answer": row["answer"], "source": "online",
+                      "unfinished": [side for side, k in (("chosen", w), ("rejected", l)) if not row["answers"][k]["finished"]]})
     return pairs, counts | {"pairs": len(pairs)}
 
 

@@ -84,6 +84,27 @@ def test_pick_pairs_by_hand(texts, scores, cut, wanted):
     assert counts["prompts"] == 1 and counts["truncated_answers"] == len(cut)
 
 
+def test_a_cut_answer_trains_no_end_of_turn(policy, tmp_path):
+    """The tokens that a pair trains are those that were sampled: a cut answer's end of turn is not forged, in a pair, in its
+    reference under another tokenizer's path, and where sft.py reads the chosen side."""
+    tokenizer, template = sft.load_tokenizer(args_of(policy, tmp_path))
+    pair, = online_dpo.pick_pairs([row("abc", "abd", "x", cut=[1])], [[3, 1, 2]])[0]
+    assert pair["unfinished"] == ["rejected"]
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    prepare = lambda **how: data.prepare([str(tmp_path / "pairs.jsonl")], tokenizer, template, max_length=128,
+                                         cache_dir=str(tmp_path / "cache"), **how).dataset[0]
+    made = prepare(pairs=True)
+    scored = lambda side: [i for i, t in zip(made[side], made[f"{side}_targets"]) if t]
+    word = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    assert scored("chosen") == [*word("abc"), template.end_of_turn_id]
+    assert scored("rejected") == word("abd") and made["rejected"][-len(word("abd")):] == word("abd")
+    *sides, unfinished = json.loads(made["messages_json"])
+    assert data.encode_pair(data.Pair(*sides, unfinished=unfinished), tokenizer, template).rejected == made["rejected"]
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair | {"unfinished": ["chosen"]}) + "\n")
+    alone = prepare()
+    assert [i for i, t in zip(alone["input_ids"], alone["targets"]) if t] == word("abc")
+
+
 def test_pick_pairs_counts_every_prompt_once():
     rng = random.Random(0)
     rows = [row(*(rng.choice(["a", "b", "", "<s>"]) for _ in range(3)), cut=[k for k in range(3) if rng.random() < 0.4])

@@ -246,7 +246,7 @@ def test_helpsteer_rows_of_a_prompt_make_one_pair_wherever_they_stand(chatml, tm
     rows = [row("q", "b", 1), row("r", "c", 2), row("q", "a", 4), row("s", "d", 0), row("r", "e", 2)]
     a = write(tmp_path / "a.jsonl", rows)
     made = data.prepare([a], *chatml, max_length=100, cache_dir=str(tmp_path / "cache"), pairs=True)
-    assert [json.loads(x) for x in made.dataset["messages_json"]] == [[[U("q")], "a", "b"]]
+    assert [json.loads(x) for x in made.dataset["messages_json"]] == [[[U("q")], "a", "b", []]]
     assert made.stats["sources"][a]["reasons"] == {"all ratings tie": [1, f"{a}:2"],
                                                    "fewer than two rated answers": [1, f"{a}:4"]}
     assert len(data.prepare([a], *chatml, max_length=100, cache_dir=str(tmp_path / "cache")).dataset) == 5
