@@ -306,7 +306,7 @@ def test_reference_with_another_tokenizer(policy, tmp_path):
     made = data.prepare(["demo-pairs:test"], policy_tokenizer, data.set_template(policy_tokenizer, "chatml"), pairs=True,
                         max_length=128, max_prompt_length=64, max_examples=5, cache_dir=str(tmp_path / "c2"))
     for text in made.dataset["messages_json"]:
-        e = data.encode_pair(data.Pair(*json.loads(text)), tokenizer, template, max_length=128, max_prompt_length=64)
+        e = data.encode_pair(data.Pair(*json.loads(text)[:3]), tokenizer, template, max_length=128, max_prompt_length=64)
         want = []
         for y, t in ((e.chosen, e.chosen_targets), (e.rejected, e.rejected_targets)):
             ids = torch.tensor([e.prompt + y])
@@ -319,7 +319,7 @@ def test_reference_with_another_tokenizer(policy, tmp_path):
 def test_a_run_learns_and_leaves_an_ordinary_folder(policy, tmp_path):
     from transformers import AutoModelForCausalLM
     out = tmp_path / "run"
-    result = run(policy, out, "--epochs", 2, "--eval-prompts", "demo:test=0.1", "--eval-samples", 4)
+    result = run(policy, out, "--epochs", 2, "--lr", 5e-4, "--eval-prompts", "demo:test=0.1", "--eval-samples", 4)
     lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] == pytest.approx(LN2, abs=1e-5) and lines[0]["margin"] == pytest.approx(0, abs=1e-4)
     assert len(lines) == result["steps"] == 20 and result["exact_match"] is not None
