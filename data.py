@@ -667,8 +667,8 @@ def permutation(n: int, seed: int, epoch: int = 0) -> np.ndarray:
 
 
 def canonical(text: str) -> str:
-    """What makes two texts the same: Unicode's NFC, every run of white space as one space, none at the ends."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    """What makes two texts the same: Unicode's NFC, no white space at the ends. Inside it is content: code hangs on it."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def canonical_hash(messages) -> str:

@@ -43,9 +43,9 @@ def test_grams_by_hand():
     assert data.grams("Yes.", 5) == {"yes"} and data.grams(":)", 5) == {":)"} != data.grams(":(", 5)
 
 
-def test_exact_across_sources_whatever_the_schema_and_the_white_space(tmp_path):
+def test_exact_across_sources_whatever_the_schema_and_the_ends(tmp_path):
     a = write(tmp_path / "a.jsonl", [{"query": "q\u00e9 1", "response": "a"}, {"query": "x", "response": "y"}])
-    b = write(tmp_path / "b.jsonl", [{"instruction": q, "output": "a"} for q in ("qe\u0301  1\n", "Q\u00e9 1")])
+    b = write(tmp_path / "b.jsonl", [{"instruction": q, "output": "a"} for q in ("qe\u0301 1\n", "Q\u00e9 1")])
     made, rows = run(tmp_path, "dedup", "--data", a, b)
     assert [(r["source"], r["row"]) for r in rows] == [(a, 1), (a, 2), (b, 2)] and made["exact"] == 1
     cluster, = map(json.loads, (tmp_path / "out/clusters.jsonl").read_text().splitlines())

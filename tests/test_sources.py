@@ -260,8 +260,9 @@ def test_text_that_is_no_unicode_is_refused(chatml, tmp_path):
 
 
 def test_canonical_text():
-    """A composed and a decomposed e-acute and any white space are the same; a superscript and case are not."""
-    assert data.canonical("caf\u00e9 \u00a0 au\n\tlait ") == data.canonical("cafe\u0301 au lait") == "caf\u00e9 au lait"
+    """A composed and a decomposed e-acute and white space at the ends are the same; a superscript, case, indentation are not."""
+    assert data.canonical("\n caf\u00e9 au lait ") == data.canonical("cafe\u0301 au lait") == "caf\u00e9 au lait"
+    assert data.canonical("if a:\n  b\nc") != data.canonical("if a:\n  b\n  c")              # code
     assert data.canonical("x\u00b2") != data.canonical("x2") and data.canonical("A") != data.canonical("a")
 
 
