@@ -34,8 +34,8 @@ def one(name: str, folder: Path, args) -> dict:
     rows = [r for _, r in data.read_lines(args.data)][-args.prompts:]
     prompts = [[{"role": "user", "content": r["question"]}] for r in rows]
     ids = [sft.prompt_ids(tokenizer, p) for p in prompts]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
-                                                 device_map="cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(
+        "cuda" if torch.cuda.is_available() else "cpu")
     stops = set(model.generation_config.eos_token_id)
     settings = dict(do_sample=True, temperature=0.8, top_p=1.0, top_k=0, max_new_tokens=args.max_new_tokens)
     length = lambda x: next((i + 1 for i, t in enumerate(x) if t in stops), len(x))
