@@ -1042,7 +1042,8 @@ def model_flags(add):
 
 def sampling_flags(add):
     add("--engine", choices=["hf", "vllm", "server"], default="hf", help="how answers are sampled")
-    add("--server-url", metavar="URL", help="server engine: an OpenAI-compatible endpoint, http://HOST:PORT/v1")
+    add("--server-url", metavar="URL", help="server engine: an OpenAI-compatible endpoint, http://HOST:PORT/v1; "
+        "its key comes from SERVER_API_KEY")
     add("--served-model", help="server engine: the model's name there; None: MODEL")
     add("--batching", choices=["padded", "continuous"], help="hf engine; None: continuous on CUDA, padded on a CPU")
     add("--sampling-rows", type=int, default=64, help="hf engine: answers in work at once")
@@ -1128,7 +1129,7 @@ def check_flags(args) -> list[str]:
             why.append(f"{flag} {url}: not an http(s) URL")
         elif parts.username or parts.password or parts.query:
             why.append(f"{flag}: must hold no user, password or query, which would be written to disk; a key goes into "
-                       "OPENAI_API_KEY")
+                       + ("OPENAI_API_KEY" if flag == "--base-url" else "SERVER_API_KEY"))
     if args.command in ("arena-hard", "mt-bench", "alpaca-eval", "judge") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         why.append(f"{args.command} runs in one process; for several GPUs serve the model and use --engine server")
     if args.command == "arena-hard" and not args.templates:

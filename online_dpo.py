@@ -429,11 +429,14 @@ class ChatError(ValueError):
         self.status = status
 
 
-def chat(url: str, payload: dict, args, flag: str) -> tuple[str, bool, int]:
+def chat(url: str, payload: dict, args, flag: str, key_name: str = "OPENAI_API_KEY") -> tuple[str, bool, int]:
     """One chat completion of an OpenAI-compatible endpoint: (text, finished, tokens). Busy (429), failing (5xx),
     silent or garbled servers are asked again with back-off; what still fails raises ChatError. The key comes
-    from OPENAI_API_KEY alone, and is cut out of what a server says."""
-    key = os.environ.get("OPENAI_API_KEY")
+    from the environment's `key_name` alone (a judge's and a policy's server are not each other's business), and is
+    cut out of what a server says."""
+    key = os.environ.get(key_name, "").strip()
+    if not (key.isascii() and key.isprintable()):           # http.client would put it into its error
+        raise ValueError(f"{key_name}: holds a character that no HTTP header can, a line break inside it, say; set it anew")
     head = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     hide = lambda t: t.replace(key, "[key]") if key else t
     for attempt in range(args.retries + 1):
@@ -457,7 +460,7 @@ def chat(url: str, payload: dict, args, flag: str) -> tuple[str, bool, int]:
             status, last = error.code, hide(f"HTTP {error.code}: {said}")[:220]
             if error.code < 500 and error.code not in (408, 409, 425, 429):
                 raise ChatError(f"{flag} {url}: {last}; nothing got so far is lost. Check the model's name, the URL "
-                                "(it ends in /v1) and OPENAI_API_KEY", status) from None
+                                f"(it ends in /v1) and {key_name}", status) from None
             told = error.headers.get("Retry-After", "")
             wait = min(60.0, float(told)) if told.isdecimal() else wait
         except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
@@ -534,7 +537,8 @@ def answers_of(args, policy: str, tokenizer, rows: list[dict], done: set, device
             try:
                 text, finished, tokens = chat(args.base_url, {
                     "model": args.served_model or policy, "messages": prompts[i], "temperature": args.temperature,
-                    "top_p": args.top_p, "max_tokens": args.max_new_tokens, "seed": (seeds[i] + k) % 2 ** 31}, args, flag)
+                    "top_p": args.top_p, "max_tokens": args.max_new_tokens, "seed": (seeds[i] + k) % 2 ** 31}, args, flag,
+                    "SERVER_API_KEY")
             except ChatError as error:
                 if error.status not in (400, 413, 422):
                     raise
@@ -892,14 +896,14 @@ def parser():
     add("--engine", choices=["hf", "vllm", "server"], default="hf")
     add("--batching", choices=["padded", "continuous"], help="hf engine; None: continuous on CUDA, padded on a CPU")
     add("--sampling-rows", type=int, default=64, help="answers in work at once on the hf engine")
-    add("--base-url", help="server engine: an OpenAI-compatible endpoint, http://HOST:PORT/v1")
+    add("--base-url", help="server engine: an OpenAI-compatible endpoint, http://HOST:PORT/v1; key: SERVER_API_KEY")
     add("--served-model", help="server engine: the model's name there; None: --model")
     add("--concurrency", type=int, default=16, help="requests at once")
     add("--timeout", type=float, default=600, help="seconds a request may stay silent")
     add("--retries", type=int, default=6, help="further tries of a request, each after twice the wait")
     add = p.add_argument_group("stage 3: judge and pairs").add_argument
     add("--judge", help="pairrm[:MODEL], reward:MODEL, llm:MODEL or python:FILE:FUNCTION")
-    add("--judge-url", help="llm judge: an OpenAI-compatible endpoint")
+    add("--judge-url", help="llm judge: an OpenAI-compatible endpoint; key: OPENAI_API_KEY")
     add("--judge-template", help="llm judge: a file with {prompt}, {answer_a}, {answer_b} that asks for [[A]], [[B]] or [[C]]")
     add("--judge-tokens", type=int, default=16384, help="tokens a judge's batch, with padding")
     add("--truncated-can-win", action="store_true", help="answers cut by --max-new-tokens may be chosen")

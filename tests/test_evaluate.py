@@ -360,8 +360,10 @@ def test_dry_run_sends_nothing_and_counts(tmp_path, capsys):
     assert told["calls"] == 12 and told["on_disk"] == 8 and told["cost_at_most"] is None and len(server.seen) == 8
 
 
-def test_key_is_never_written(tmp_path):
-    """The server puts the key it got into its errors: neither disk nor output has it, as a whole process."""
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_key_is_never_written(tmp_path, end):
+    """The server puts the key it got into its errors: neither disk nor output has it, as a whole process; nor a key that was
+    read with its line's end."""
     run, *_ = arena_files(tmp_path, 6)
     key, heard = "sk-" + "x1y2" * 8, []
 
@@ -378,7 +380,7 @@ def test_key_is_never_written(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *run, "--retries", "0", "--base-url",
                            f"http://127.0.0.1:{server.server_port}/v1"], capture_output=True, text=True,
-                          env={**os.environ, "OPENAI_API_KEY": key})
+                          env={**os.environ, "OPENAI_API_KEY": key + end})
     assert done.returncode == 2 and "HTTP 401: Incorrect key: Bearer [key]" in done.stderr and heard[0] == f"Bearer {key}"
     assert key not in done.stdout + done.stderr
     files = [f for f in tmp_path.rglob("*") if f.is_file()]
@@ -649,6 +651,13 @@ def test_mt_bench_samples_two_turns_at_the_categories_temperature(tmp_path):
         assert [m["content"] for m in p["messages"]] == [f"first {i}", f"echo first {i} after 1", f"second {i}"]
         assert p["temperature"] == first[f"first {i}"]["temperature"] and p["max_tokens"] == 1024
     assert any("echo second 1 after 3" in p["messages"][1]["content"] for p in judge.seen)
+
+
+def test_each_endpoint_gets_its_own_key(tmp_path, monkeypatch):
+    run, model, judge = mt_files(tmp_path, 3, answers=False), Server(lambda p, n: "fine"), Server(lambda p, n: "[[5]]")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-judge"), monkeypatch.setenv("SERVER_API_KEY", "sk-server")
+    evaluate.main([*run, "--engine", "server", "--server-url", model.url, "me", "--base-url", judge.url])
+    assert model.keys == {"Bearer sk-server"} and judge.keys == {"Bearer sk-judge"}
 
 
 def test_unreachable_answer_server_names_its_own_flag(tmp_path, fast):
