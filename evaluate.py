@@ -254,22 +254,32 @@ def digest(value) -> str:
 
 
 # ----------------------------------------------------------------------------------- answers and verdicts
-def model_key(args) -> str:
-    """What tells a model from another: its weights, or its name where a server holds them."""
-    if args.engine == "server":
-        return f"{args.served_model or args.model}"
-    return dpo.weights_hash(args.model)
+def model_key(args) -> list:
+    """What tells a model from another: weights, tokenizer, template and generation config by content, and the name by
+    which a server knows it. A server's MODEL may be a name alone."""
+    served, folder = args.engine == "server", Path(args.model)
+    if served and not any(folder.glob("*.safetensors")):
+        return [args.served_model or args.model]
+    key, patterns = hashlib.sha256(), ["tokenizer*", "chat_template*", "generation_config.json"]
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        folder = Path(snapshot_download(args.model, allow_patterns=patterns))
+    for path in sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file()):
+        key.update(path.name.encode())
+        data.hash_file(key, path)
+    return [dpo.weights_hash(args.model), key.hexdigest(), served and (args.served_model or args.model)]
 
 
 def sample_answers(args, folder: Path, asked: list[dict]) -> list[str] | None:
     """Texts for {"messages", "temperature"}, from answers-0.jsonl where they are there, else by the engine, a call for
-    each temperature; None where --dry-run would have to sample."""
+    each temperature; None where --dry-run would have to sample. Requests that a server refuses are no answers."""
     from tqdm import tqdm
-    tokenizer = template = None
+    served, tokenizer = args.engine == "server", None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.engine != "server":
+    if not served:
         from transformers import AutoConfig
         tokenizer, template = sft.load_tokenizer(args)
+        online_dpo.check_stops(args.model, template)
         config, limit = AutoConfig.from_pretrained(args.model).get_text_config(), args.max_new_tokens
         context = getattr(config, "max_position_embeddings", None) or math.inf
         sizes = [len(sft.prompt_ids(tokenizer, a["messages"])) for a in asked]
@@ -278,8 +288,8 @@ def sample_answers(args, folder: Path, asked: list[dict]) -> list[str] | None:
             raise ValueError(f"--max-new-tokens {limit}: with it {over} of {len(sizes)} prompts (longest {max(sizes)} "
                              f"tokens) exceed {args.model}'s context of {context}; lower it")
     decides = [model_key(args), args.engine, tokenizer and tokenizer.chat_template, args.max_new_tokens, args.top_p,
-               args.seed, args.dtype]
-    keys = [digest([*decides, a["messages"], a["temperature"]]) for a in asked]
+               None if served else args.dtype]
+    keys = [digest([*decides, a["messages"], a["temperature"], args.seed if a["temperature"] else 0]) for a in asked]
     folder.mkdir(parents=True, exist_ok=True)
     online_dpo.cut_torn_lines(folder, "answers-*.jsonl")
     known = {r["key"]: r["text"] for r in online_dpo.read_growing(folder, "answers-*.jsonl")}
@@ -287,6 +297,7 @@ def sample_answers(args, folder: Path, asked: list[dict]) -> list[str] | None:
         return None
     bar = tqdm(total=len(asked), initial=sum(k in known for k in keys), unit="answer", desc="answers",
                dynamic_ncols=True)
+    refused = []
     with open(folder / "answers-0.jsonl", "a") as file:
         for t in sorted({a["temperature"] for a in asked}):
             rows = list({k: {"key": k, "prompt": a["messages"]} for k, a in zip(keys, asked)
@@ -294,6 +305,9 @@ def sample_answers(args, folder: Path, asked: list[dict]) -> list[str] | None:
             settings = dpo.argparse_with(args, temperature=t, samples=1, base_url=args.server_url)
             made = online_dpo.answers_of(settings, args.model, tokenizer, rows, frozenset(), device, 0, "--server-url")
             for a in made if rows else ():
+                if served and not (a.text or a.ids or a.finished):
+                    refused.append(rows[a.prompt]["prompt"])
+                    continue
                 key = rows[a.prompt]["key"]
                 row = {"key": key, "text": a.text, "tokens": len(a.ids), "finished": a.finished}
                 file.write(json.dumps(row) + "\n")
@@ -301,6 +315,10 @@ def sample_answers(args, folder: Path, asked: list[dict]) -> list[str] | None:
                 known[key] = a.text
                 bar.update()
     bar.close()
+    if refused:
+        raise ValueError(f"--server-url {args.server_url}: {len(refused)} answers were refused (first prompt: "
+                         f"{json.dumps(refused[0])[:200]}); the others are on disk. A prompt too long for the server, or "
+                         f"--max-new-tokens {args.max_new_tokens}? Mend it and run the same command again")
     return [known[k] for k in keys]
 
 
@@ -880,7 +898,7 @@ def openllm(args) -> dict:
     settings = f"pretrained={args.model},dtype={dtype}" + (f",{args.model_args}" if args.model_args else "")
     model = get_model(args.engine).create_from_arg_string(settings, {} if args.engine == "vllm" else {
         "batch_size": args.batch_size, "device": "cuda" if torch.cuda.is_available() else "cpu"})
-    decides = [dpo.weights_hash(args.model), settings, args.engine, args.limit, args.apply_chat_template,
+    decides = [model_key(args), settings, args.engine, args.limit, args.apply_chat_template,
                lm_eval.__version__]
     folder.mkdir(parents=True, exist_ok=True)
     online_dpo.cut_torn_lines(folder, "tasks-*.jsonl")

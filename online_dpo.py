@@ -564,7 +564,7 @@ def answers_of(args, policy: str, tokenizer, rows: list[dict], done: set, device
                           'model\'s generation_config.json says "do_sample": true)', file=sys.stderr, flush=True)
         if refused:
             print(f"{flag} {args.base_url}: {len(refused)} of {len(wanted)} requests were refused (HTTP 400, 413 or 422; a prompt too "
-                  "long for the server?); they are recorded as empty, unfinished answers", file=sys.stderr, flush=True)
+                  "long for the server?); they are empty, unfinished answers", file=sys.stderr, flush=True)
         yield from (sft.Answer(i, k, "", [], False) for i, k in refused)
     elif args.engine == "vllm":
         from transformers import GenerationConfig
@@ -621,10 +621,23 @@ def resume_growing(folder: Path, name: str, rank: int) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------ one iteration
+def check_stops(model: str, template) -> None:
+    """Raises where a model's generation config does not stop at the template's end of turn."""
+    from transformers import AutoConfig, GenerationConfig
+    try:
+        stops = sft.stop_tokens(GenerationConfig.from_pretrained(model))
+    except OSError:                                         # no such file: transformers makes one of the config
+        stops = sft.stop_tokens(GenerationConfig.from_model_config(AutoConfig.from_pretrained(model)))
+    if template.end_of_turn_id not in stops:
+        raise ValueError(f"--model {model}: its generation_config.json stops at {sorted(stops, key=str)}, not at the template's "
+                         f"{template.end_of_turn} ({template.end_of_turn_id}), so that every answer would run to --max-new-tokens; "
+                         "add that id to its eos_token_id")
+
+
 def read_prompts(args, tokenizer, template, rank: int, log) -> tuple[list[dict], str]:
     """Distinct prompts of --data that leave room to answer: {"key", "prompt", "answer", "source"}; and a data key.
     What is left out is counted."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
     dataset, key = sft.prepare_rows(args.data, args=args, tokenizer=tokenizer, template=template, rank=rank)
     config = AutoConfig.from_pretrained(args.model)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -645,14 +658,8 @@ def read_prompts(args, tokenizer, template, rank: int, log) -> tuple[list[dict],
     if long:
         log(f"{long} prompts left out: with --max-new-tokens {args.max_new_tokens} they exceed the model's context of "
             f"{context} (first: {first})")
-    try:
-        stops = sft.stop_tokens(GenerationConfig.from_pretrained(args.model))
-    except OSError:                                         # no such file: transformers makes one of the config
-        stops = sft.stop_tokens(GenerationConfig.from_model_config(config))
-    if args.engine != "server" and template.end_of_turn_id not in stops:
-        raise ValueError(f"--model {args.model}: its generation_config.json stops at {sorted(stops, key=str)}, not at the template's "
-                         f"{template.end_of_turn} ({template.end_of_turn_id}), so that every answer would run to --max-new-tokens; "
-                         "add that id to its eos_token_id")
+    if args.engine != "server":
+        check_stops(args.model, template)
     if args.judge.endswith((":exact_answer", ":gsm8k_credit")) and rows and all(r["answer"] is None for r in rows.values()):
         raise ValueError(f"--judge {args.judge}: no row of --data has a reference answer to compare with")
     if not rows:

@@ -637,6 +637,64 @@ def test_arena_hard_samples_and_resumes(runs, tmp_path):
     assert asked("sft", "--dry-run")["calls"] == 0
 
 
+def test_answers_that_a_server_refuses_are_no_losses(tmp_path):
+    """HTTP 400 for one question: the others are kept, the run stops and names it, and the next asks for it alone. An empty
+    answer, or one whose limit went into reasoning, is an answer."""
+    run, *_ = arena_files(tmp_path, 6)
+    run = [x for i, x in enumerate(run) if x != "--answers" and run[i - 1] != "--answers"]
+    cut = b'{"choices": [{"message": {"content": null}, "finish_reason": "length"}], "usage": {"completion_tokens": 9}}'
+    sick = [True]
+    replies = {"question 3": lambda: 400 if sick[0] else "well", "question 4": lambda: "", "question 5": lambda: cut}
+    model, judge = Server(lambda p, n: replies.get(p["messages"][0]["content"], lambda: "fine")()), Server(longer_wins)
+    run = [*run, "me", "--engine", "server", "--server-url", model.url, "--base-url", judge.url]
+    with pytest.raises(ValueError, match="--server-url .*: 1 answers were refused .*question 3"):
+        evaluate.main(run)
+    known = (tmp_path / "out/answers-0.jsonl").read_text().splitlines()
+    assert len(known) == 5 and not judge.seen
+    sick[0], before = False, len(model.seen)
+    result = evaluate.main(run)
+    assert len(model.seen) == before + 1 and result["empty_answers"] == 2
+
+
+@pytest.mark.parametrize("engine", ["hf", "server"])
+def test_answers_hang_on_all_that_makes_them(runs, tmp_path, engine):
+    """Another tokenizer file, template, generation config or weights: sampled anew; another seed, nothing greedy. A server's
+    dtype is its own."""
+    import shutil
+    model, server = tmp_path / "model", Server(lambda p, n: "fine")
+    shutil.copytree(runs / "sft", model)
+    args = evaluate.parser().parse_args(["mt-bench", str(model), "--engine", engine, "--server-url", server.url, "--max-new-tokens", "2"])
+    args.dtype = "fp32"
+    lines = lambda: len((tmp_path / "out/answers-0.jsonl").read_text().splitlines())
+
+    def asked(temperature=0.0):
+        evaluate.sample_answers(args, tmp_path / "out", [{"messages": [{"role": "user", "content": "hi"}], "temperature": temperature}])
+        return lines()
+    assert asked() == 1 == asked()
+    args.seed = 7
+    assert asked() == 1 and asked(0.5) == 2 == asked(0.5)
+    args.seed = 8
+    assert asked(0.5) == 3
+    args.dtype = "bf16"
+    n = 3 if engine == "server" else 4
+    assert asked() == n
+    for file in ("generation_config.json", "tokenizer_config.json"):
+        (model / file).write_text((model / file).read_text() + "\n")
+        n += 1
+        assert asked() == n == asked(), file
+    shutil.copy(runs / "dpo-20-4/model.safetensors", model)
+    assert asked() == n + 1
+
+
+def test_a_model_that_does_not_stop_at_the_end_of_turn_is_named(runs, tmp_path):
+    import shutil
+    shutil.copytree(runs / "sft", tmp_path / "model")
+    config = json.loads((tmp_path / "model/generation_config.json").read_text())
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
+    with pytest.raises(ValueError, match=r"stops at \[5\], not at the template's"):
+        evaluate.main([*mt_files(tmp_path, 3, answers=False), str(tmp_path / "model"), "--base-url", "http://127.0.0.1:9/v1"])
+
+
 def test_mt_bench_samples_two_turns_at_the_categories_temperature(tmp_path):
     """The second turn sees the model's own first answer; writing 0.7, math 0, stem 0.1."""
     run = mt_files(tmp_path, 3, answers=False)
