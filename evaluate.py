@@ -342,10 +342,10 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
     """calls {"id", "messages"} -> {id: parse(the judge's own text) or None}, and counts.
 
     Every reply is appended to verdicts-0.jsonl under a hash of id, judge, messages, temperature and limit, and never
-    asked for again; what is parsed is the reply, so another parse variant costs nothing. follow_up: one more user turn
+    asked for again; what is parsed is the reply, so parsing 2025 after 2024 costs nothing. follow_up: one more user turn
     where the first reply holds no label at all; both texts are parsed together. A request that failed for good is
-    recorded without a reply: unparsed now, asked again by the next run. Refused keys and names (401, 403, 404) and 20
-    failures in a row stop the run."""
+    recorded without a reply: unparsed now, asked again by the next run. Refused keys, names and accounts (401, 402, 403,
+    404), 20 failures in a row, and failures alone, however few, stop the run."""
     import fcntl
     from tqdm import tqdm
     folder.mkdir(parents=True, exist_ok=True)
@@ -360,14 +360,24 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
     known = {r["key"]: r["reply"] for r in known if r["reply"] is not None}
     settings = {"model": args.judge, "temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
     key_of = lambda name, messages: digest([name, settings, messages])
-    todo = [c for c in calls if c["extra"] or key_of(c["id"], c["messages"]) not in known]      # extra: answers to come
+
+    def further(messages, reply):                           # the turn after a first reply, None where there is none
+        if follow_up and len(messages) < 3 and not re.search(r"\[\[[AB<>=]+\]\]", reply):
+            return [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": follow_up}]
+
+    def left(name, messages):                               # the first turn that is not on disk, None where all are
+        while messages and (reply := known.get(key_of(name, messages))) is not None:
+            messages = further(messages, reply)
+        return messages
+    todo = [c | {"messages": m} for c in calls          # extra: answers to come
+            if (m := c["messages"] if c["extra"] else left(c["id"], c["messages"]))]
     if args.dry_run:
         return {}, dry_run(args, calls, todo, follow_up)
-    lock, failing, counts = threading.Lock(), [0], {"asked": 0, "failed": 0, "judge_tokens": 0}
+    lock, failing, counts = threading.Lock(), [0, ""], {"asked": 0, "failed": 0, "judge_tokens": 0}
 
     def ask(call):
-        messages, said = list(call["messages"]), []
-        for last in ([False, True] if follow_up else [True]):
+        messages, said = call["messages"], []
+        while messages:
             key, error, tokens = key_of(call["id"], messages), None, 0
             reply = known.get(key)
             if reply is None:
@@ -375,7 +385,7 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
                     reply, _, tokens = online_dpo.chat(args.judge_url, settings | {"messages": messages}, args,
                                                        "--base-url")
                 except online_dpo.ChatError as e:
-                    if e.status in (401, 403, 404):
+                    if e.status in (401, 402, 403, 404):
                         raise
                     error = str(e)
                 with lock:
@@ -385,15 +395,13 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
                     counts["asked"] += reply is not None
                     counts["failed"] += reply is None
                     counts["judge_tokens"] += tokens or 0
-                    failing[0] = 0 if reply is not None else failing[0] + 1
+                    failing[:] = (0, failing[1]) if reply is not None else (failing[0] + 1, error)
                     if failing[0] >= 20:
                         raise ValueError(f"20 requests in a row failed; stopped, nothing is lost. The last: {error}")
             if reply is None:
                 return None                                 # a game is judged by whole replies or not at all
             said.append(reply)
-            if last or re.search(r"\[\[[AB<>=]+\]\]", reply):
-                break
-            messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": follow_up}]
+            messages = further(messages, reply)
         return parse("\n".join(said))
     verdicts = {}
     bar = tqdm(total=len(calls), unit="verdict", desc=f"judge {args.judge}", dynamic_ncols=True)
@@ -402,10 +410,13 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
             verdicts[call["id"]] = verdict
             bar.update()
     bar.close()
+    if counts["failed"] and len(todo) == len(calls) and not counts["asked"]:
+        raise ValueError(f"all {counts['failed']} requests failed; nothing is scored. The last: {failing[1]}")
     counts |= {"calls": len(calls), "unparsed": sum(v is None for v in verdicts.values())}
     if counts["unparsed"]:
         print(f"{counts['unparsed']} of {len(calls)} verdicts are unparsed ({counts['failed']} requests failed, which "
-              "the same command asks again); they count as neither win nor loss", file=sys.stderr)
+              "the same command asks again" + f"; the last: {failing[1]}" * bool(failing[1]) + "); they count as neither "
+              "win nor loss", file=sys.stderr)
     return verdicts, counts
 
 

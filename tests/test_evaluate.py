@@ -318,6 +318,20 @@ def test_refused_key_or_name_stops_at_once(tmp_path, fast, status):
     assert evaluate.main([*run, "--base-url", good.url])["unparsed"] == 0 and len(good.seen) == 53
 
 
+def test_judge_that_refuses_everything_stops(tmp_path, fast, capfd):
+    """HTTP 400 for each of few requests, and 402 at once: an error with what the server said, no result. Two games that fail
+    among good ones are told with the last error."""
+    run, *_ = arena_files(tmp_path, 6)
+    for status, told in ((400, "all 12 requests failed.*HTTP 400"), (402, "HTTP 402.*OPENAI_API_KEY")):
+        server = Server(lambda p, n: status)
+        with pytest.raises(ValueError, match=told):
+            evaluate.main([*run, "--base-url", server.url])
+        assert not (tmp_path / "out/result.json").exists() and len(server.seen) <= 12
+    server = Server(lambda p, n: 400 if "<question 3>" in p["messages"][1]["content"] else longer_wins(p))
+    assert evaluate.main([*run, "--base-url", server.url])["unparsed"] == 2
+    assert "2 requests failed, which the same command asks again; the last: --base-url http" in capfd.readouterr().err
+
+
 def test_dead_judge_stops_after_twenty_failures(tmp_path, fast):
     run, *_ = arena_files(tmp_path, 40)
     with pytest.raises(ValueError, match="20 requests in a row failed.*refused"):
@@ -358,6 +372,17 @@ def test_dry_run_sends_nothing_and_counts(tmp_path, capsys):
     evaluate.main([*run, "--limit", "4", "--base-url", server.url])
     told = evaluate.main([*run, "--dry-run"])
     assert told["calls"] == 12 and told["on_disk"] == 8 and told["cost_at_most"] is None and len(server.seen) == 8
+
+
+def test_dry_run_counts_the_second_turn_of_another_parse(tmp_path):
+    """2025 has paid for replies without a label; 2024 asks for those once more, and --dry-run says so."""
+    run, *_ = arena_files(tmp_path, 5)
+    server = Server(lambda p, n: ("hm" if "question 1" in p["messages"][1]["content"] else "[[A=B]]") if len(p["messages"]) == 2 else "[[A>B]]")
+    evaluate.main([*run, "--parse", "2025", "--base-url", server.url])
+    told = evaluate.main([*run, "--dry-run"])
+    assert (told["calls"], told["on_disk"]) == (2, 8) and len(server.seen) == 10
+    assert evaluate.main([*run, "--base-url", server.url])["asked"] == 2
+    assert evaluate.main([*run, "--dry-run"])["calls"] == 0
 
 
 @pytest.mark.parametrize("end", ["", "\n"])
