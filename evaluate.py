@@ -11,7 +11,7 @@ Writes  --output (None: MODEL/evaluate/COMMAND): result.json, which names all th
     python evaluate.py arena-hard MODEL --variant star ..                # the paper's cheaper Arena-Hard-Auto*
     python evaluate.py mt-bench MODEL --base-url URL                     # key: OPENAI_API_KEY
     python evaluate.py openllm MODEL                                     # needs lm-eval
-    python evaluate.py alpaca-eval MODEL                                 # needs alpaca_eval
+    python evaluate.py alpaca-eval MODEL --base-url URL                  # needs alpaca_eval
     python evaluate.py judge RUN RUN --data PROMPTS --judge pairrm       # win rates among any models
     python evaluate.py margins BEFORE AFTER --data PAIRS
     python evaluate.py curve RUNS.. --x steps --y exact_match
@@ -945,7 +945,13 @@ def openllm(args) -> dict:
 def alpaca_eval(args) -> dict:
     """AlpacaEval-2: outputs in its own format, then the alpaca_eval package annotates and computes win rates."""
     package = needs("alpaca_eval", 'alpaca_eval==0.6.6 "setuptools<81"')
-    folder, questions = output_folder(args, "alpaca-eval"), read_questions(args)
+    import openai
+    folder, questions, controlled = output_folder(args, "alpaca-eval"), read_questions(args), args.length_controlled
+    if controlled and args.questions != ALPACA:             # the package joins its difficulties by the row's number
+        known = [r["instruction"] for _, r in read_rows(ALPACA, "--length-controlled")]
+        if [q["turns"][0] for q in questions] != known[:len(questions)]:
+            raise ValueError(f"--length-controlled: the instructions of --questions {args.questions} are not AlpacaEval's "
+                             "in their order, which its length control is fitted on; --no-length-controlled does without")
     answers = candidate_answers(args, folder, questions, lambda q: args.temperature)
     name = (args.model or Path(args.answers).name).rstrip("/").replace("/", "--")
     outputs = [{"instruction": q["turns"][0], "output": answers[q["id"]][0], "generator": name,
@@ -957,16 +963,22 @@ def alpaca_eval(args) -> dict:
     same = [r["instruction"] for r in reference] == [o["instruction"] for o in outputs]
     if not same or any("output" not in r for r in reference):
         raise ValueError(f"--reference-outputs {given}: needs one output to each instruction of --questions, in order")
-    if args.judge_url:
-        os.environ["OPENAI_BASE_URL"] = args.judge_url      # the way its OpenAI client takes an endpoint
-    controlled = args.length_controlled
-    board, annotations = package.evaluate(
-        model_outputs=outputs, reference_outputs=reference, annotators_config=args.annotator, name=name,
-        output_path=str(folder), caching_path=str(folder / "annotations-cache.json"), is_return_instead_of_print=True,
-        precomputed_leaderboard=None, is_cache_leaderboard=False,
-        fn_metric="get_length_controlled_winrate" if controlled else "get_winrate",
-        metric_kwargs={"save_weights_dir": None} if controlled else {},
-        sort_by="length_controlled_winrate" if controlled else "win_rate")
+    os.environ["OPENAI_BASE_URL"] = args.judge_url          # the way its OpenAI client takes an endpoint
+    try:
+        board, annotations = package.evaluate(
+            model_outputs=outputs, reference_outputs=reference, annotators_config=args.annotator, name=name,
+            output_path=str(folder), caching_path=str(folder / "annotations-cache.json"),
+            is_return_instead_of_print=True, precomputed_leaderboard=None, is_cache_leaderboard=False,
+            fn_metric="get_length_controlled_winrate" if controlled else "get_winrate",
+            metric_kwargs={"save_weights_dir": None} if controlled else {},
+            sort_by="length_controlled_winrate" if controlled else "win_rate",
+            annotation_kwargs={"chunksize": args.concurrency, "num_procs": args.concurrency,     # a chunk is kept whole
+                               "client_kwargs": {"timeout": args.timeout, "max_retries": args.retries}})
+    except openai.OpenAIError as error:
+        told = str(error).replace(os.environ.get("OPENAI_API_KEY") or "\0", "[key]")[:300]
+        raise ValueError(f"--base-url {args.judge_url}: {type(error).__name__}: {told}; all but the last --concurrency "
+                         f"{args.concurrency} annotations are on disk. Check the URL (it ends in /v1), the annotator's "
+                         "model and OPENAI_API_KEY, and run the same command again") from None
     row = {k: v.item() if hasattr(v, "item") else v for k, v in board.loc[name].to_dict().items()}
     import importlib.metadata
     return finish(args, folder, {
@@ -1150,8 +1162,9 @@ def check_flags(args) -> list[str]:
             why.append(f"--judge-template: --judge {args.judge} needs one, with {{prompt}}, {{answer_a}}, {{answer_b}}")
         if kind != "llm" and args.dry_run:
             why.append(f"--dry-run: --judge {args.judge} costs nothing; it is for llm judges")
-    if hasattr(args, "price") and not (args.judge_url or args.dry_run or args.command == "judge" and kind != "llm"):
-        why.append("--base-url: needed, the judge's endpoint (https://api.openai.com/v1); --dry-run counts without one")
+    if hasattr(args, "judge_url") and not (args.judge_url or args.dry_run or args.command == "judge" and kind != "llm"):
+        why.append("--base-url: needed, the judge's endpoint (https://api.openai.com/v1); " +
+                   "--dry-run counts without one" * hasattr(args, "price"))
     for flag, url in (("--base-url", have("judge_url")), ("--server-url", have("server_url"))):
         parts = urllib.parse.urlsplit(url or "http://x")
         if parts.scheme not in ("http", "https") or not parts.hostname:

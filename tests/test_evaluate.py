@@ -1046,6 +1046,49 @@ def test_alpaca_eval_reproduces_given_preferences(tmp_path, monkeypatch):
     assert "sk-none" not in "".join(f.read_text() for f in (tmp_path / "out").rglob("*.json*"))
 
 
+def alpaca_files(folder, monkeypatch, n=6):
+    """Flags of alpaca-eval over n local instructions, ours and the baseline's outputs."""
+    pytest.importorskip("alpaca_eval", reason="pip install alpaca_eval==0.6.6 'setuptools<81'", exc_type=ImportError)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
+    monkeypatch.setenv("OPENAI_BASE_URL", "")
+    for name in ("base", "mine"):
+        (folder / f"{name}.json").write_text(json.dumps([{"instruction": f"do {i}", "output": f"{name} {i}", "generator": name, "dataset": "x"}
+                                                         for i in range(n)]))
+    return ["alpaca-eval", "--answers", str(folder / "mine.json"), "--questions", str(folder / "base.json"), "--output", str(folder / "out")]
+
+
+def test_alpaca_eval_needs_an_endpoint_and_its_own_instructions(tmp_path, monkeypatch):
+    """Nothing goes to a default endpoint; length control takes AlpacaEval's instructions in their order alone."""
+    run = alpaca_files(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="--base-url: needed"):
+        evaluate.main(run)
+    rows = json.loads((tmp_path / "base.json").read_text())
+    (tmp_path / "hub.json").write_text(json.dumps(rows[::-1]))
+    monkeypatch.setattr(evaluate, "ALPACA", str(tmp_path / "hub.json"))
+    with pytest.raises(ValueError, match="--length-controlled: the instructions of --questions .*base.json are not AlpacaEval's"):
+        evaluate.main([*run, "--base-url", "http://127.0.0.1:9/v1"])
+
+
+def test_alpaca_eval_keeps_what_was_paid(tmp_path, monkeypatch):
+    """A request that is refused is one message; the chunks before it are on disk and not asked again. --retries is heard."""
+    run = [*alpaca_files(tmp_path, monkeypatch), "--no-length-controlled", "--concurrency", "2"]
+    broken = Server(lambda p, n: 500)
+    with pytest.raises(ValueError, match=f"--base-url {broken.url}: InternalServerError"):
+        evaluate.main([*run, "--concurrency", "1", "--retries", "1", "--base-url", broken.url])
+    assert len(broken.seen) == 2
+    tops = [{"token": t, "logprob": math.log(v), "bytes": None} for t, v in (("m", 0.8), ("M", 0.2))]
+    good = json.dumps({"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [{
+        "index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "m"}, "logprobs": {"content": [
+            {**tops[0], "top_logprobs": tops}]}}], "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}).encode()
+    sick = [True]
+    server = Server(lambda p, n: 400 if sick[0] and "do 5" in p["messages"][-1]["content"] else good)
+    with pytest.raises(ValueError, match=f"--base-url {server.url}: BadRequestError"):
+        evaluate.main([*run, "--base-url", server.url])
+    sick[0] = False
+    server.seen.clear()
+    assert evaluate.main([*run, "--base-url", server.url])["questions"] == 6 and len(server.seen) == 2
+
+
 def test_alpaca_eval_length_control(tmp_path, monkeypatch):
     """The benchmark's length control is fitted on data that only its Hub data set holds: with it, a number; without, skipped."""
     pytest.importorskip("alpaca_eval", reason="pip install alpaca_eval==0.6.6 'setuptools<81'", exc_type=ImportError)
