@@ -519,6 +519,10 @@ def mt_bench(args) -> dict:
                          "judge_prompts.jsonl has them")
     there = {str(r.get("question_id")) for _, r in read_rows(args.references, "--references")}
     references = read_answers(args.references, "--references", [q for q in questions if q["id"] in there])
+    bare = [q["id"] for q in questions if q["category"] in ("math", "reasoning", "coding") and q["id"] not in there]
+    if bare:
+        raise ValueError(f"--references {args.references}: no reference to question {', '.join(bare[:9])}; MT-Bench grades "
+                         "math, reasoning and coding against one, and easier without")
     answers = candidate_answers(args, folder, questions, lambda q: MT_TEMPERATURE.get(q["category"], 0.7))
     ids = {q["id"]: [f"{q['id']}/{t + 1}" for t in range(len(q["turns"]))] for q in questions}
     calls = []
@@ -584,7 +588,8 @@ def judge(args) -> dict:
         raise ValueError(f"RUNS {' '.join(args.runs)}: two or more different ones are needed")
     folder, log = Path(args.output or "runs/evaluate/judge"), lambda *a: print(*a, file=sys.stderr)
     rank, _, device = sft.init_distributed()
-    first = dpo.argparse_with(args, model=args.runs[0])
+    here = [r for r in args.runs if Path(r).is_dir()]       # of a server's models some may be names alone
+    first = dpo.argparse_with(args, model=(here or args.runs)[0])
     tokenizer, template = sft.load_tokenizer(first)
     rows, key = online_dpo.read_prompts(first, tokenizer, template, rank, log)
     rows = rows[:args.limit]
@@ -612,7 +617,7 @@ def judge(args) -> dict:
 
 def llm_outcomes(args, folder, rows, said, duels, extra: int) -> tuple[dict, dict]:
     """(a, b) -> of each prompt, how far b beats a in 0..1: mean of both orders' verdicts; a half for equal answers;
-    None where neither order has a verdict."""
+    None where an order has no verdict: one seat alone would count what the judge likes about it."""
     text = fetch(args.judge_template, "--judge-template").read_text()
     differ = lambda a, b, n: said[a][n].strip() != said[b][n].strip()
     calls = []
@@ -633,25 +638,25 @@ def llm_outcomes(args, folder, rows, said, duels, extra: int) -> tuple[dict, dic
     def b_wins(a, b, n):
         if not differ(a, b, n):
             return 0.5
-        seen = [verdicts[f"{b} {a} {rows[n]['key']}"], verdicts[f"{a} {b} {rows[n]['key']}"]]
-        seen = [v for v in (seen[0], None if seen[1] is None else 1 - seen[1]) if v is not None]
-        return sum(seen) / len(seen) if seen else None
+        second, first = (verdicts[f"{x} {y} {rows[n]['key']}"] for x, y in ((a, b), (b, a)))
+        return None if None in (second, first) else (first + 1 - second) / 2
     return {(a, b): [b_wins(a, b, n) for n in range(len(rows))] for a, b in duels}, counts | {
         "parse": "last [[..]]", "template": digest(text)}
 
 
 def scored_outcomes(args, rows, said, duels, device) -> tuple[dict, dict]:
-    """(a, b) -> of each prompt 1, 1/2 or 0: b's score above, equal to, below a's. A Python judge sees both orders, and
-    what it likes in one only is a half; PairRM's scores are of both orders by themselves, a reward model's of none."""
+    """(a, b) -> of each prompt, how far b beats a in 0..1: 1, 1/2 or 0 for a score above, equal to, below a's, the mean
+    of both orders for a Python judge; PairRM's scores are of both by themselves, a reward model's of none."""
+    orders = 1 + args.judge.startswith("python:")
     scorer, out = online_dpo.load_judge(dpo.argparse_with(args, samples=2), device), {}
     for a, b in duels:
         gap = np.zeros(len(rows))
         differ = [n for n in range(len(rows)) if said[a][n].strip() != said[b][n].strip()]
-        for one, two in ((a, b), (b, a))[:1 + args.judge.startswith("python:")] if differ else ():
+        for one, two in ((a, b), (b, a))[:orders] if differ else ():
             asked = [rows[n] | {"answers": [{"text": said[x][n]} for x in (one, two)]} for n in differ]
             scores = online_dpo.score_responses(scorer, asked, args.judge)                  # (len(differ), 2)
             gap[differ] += np.sign(scores[:, 1] - scores[:, 0]) * (1 if one == a else -1)
-        out[a, b] = ((1 + np.sign(gap)) / 2).tolist()
+        out[a, b] = ((1 + gap / orders) / 2).tolist()
     return out, {"unparsed": 0, "parse": None, "template": None}
 
 
@@ -736,6 +741,8 @@ def read_run(folder: str) -> dict:
             f"; run python {Path(folder).name.replace('-', '_')}.py first" if folder in STAGES else ""))
     last = Path(folder) / Path(run["result"].get("output", folder)).name
     last = last if run["stage"] == "online-dpo" and last.is_dir() else Path(folder)
+    if last != Path(folder) and (last / "run.json").is_file():      # of the chain, as the last iteration's training tells
+        run["result"] = json.loads((last / "run.json").read_text())["result"] | run["result"]
     rows = [r for _, r in data.read_lines(str(last / "samples.jsonl"))] if (last / "samples.jsonl").is_file() else []
     return run | {"name": name_of(folder), "folder": last, "size": run["result"].get("pairs") or run.get("rows"),
                   "samples": rows, "right": {json.dumps(r["prompt"]): float(r["correct"]) for r in rows}}
@@ -1041,7 +1048,8 @@ def parser() -> argparse.ArgumentParser:
     add("--output", help="folder; None: MODEL/evaluate/openllm")
 
     add = command(judge, sampling_flags, judge_flags, data_flags, empty_system=0.0)
-    add("runs", nargs="+", metavar="RUNS", help="folders or Hub ids")
+    add("runs", nargs="+", metavar="RUNS", help="folders or Hub ids; with --engine server its names, the first folder "
+        "among them giving the tokenizer that counts prompts")
     add("--data", default=["demo:test"], **data_set)
     add("--temperature", type=float, default=0.0, help="of the answers; 0: greedy")
     add("--judge-template", help="llm judge: a file with {prompt}, {answer_a}, {answer_b}: [[A]], [[B]], [[C]]")
@@ -1162,6 +1170,9 @@ def check_flags(args) -> list[str]:
             why.append(f"--judge-template: --judge {args.judge} needs one, with {{prompt}}, {{answer_a}}, {{answer_b}}")
         if kind != "llm" and args.dry_run:
             why.append(f"--dry-run: --judge {args.judge} costs nothing; it is for llm judges")
+        if args.engine == "server" and args.served_model:
+            why.append(f"--served-model {args.served_model}: RUNS would all be that one model; leave it out, RUNS are the "
+                       "server's names")
     if hasattr(args, "judge_url") and not (args.judge_url or args.dry_run or args.command == "judge" and kind != "llm"):
         why.append("--base-url: needed, the judge's endpoint (https://api.openai.com/v1); " +
                    "--dry-run counts without one" * hasattr(args, "price"))

@@ -537,6 +537,15 @@ def test_mt_bench_by_hand(tmp_path):
     assert result["score"] == pytest.approx((48 - 7) / 11) and result["unparsed"] == 1 and result["categories"]["stem"] == pytest.approx(13 / 3)
 
 
+def test_mt_bench_needs_the_references_that_decide(tmp_path):
+    """A math question without its reference would be graded by another template, unnoticed."""
+    run = mt_files(tmp_path)
+    rows = (tmp_path / "reference.jsonl").read_text().splitlines()
+    (tmp_path / "reference.jsonl").write_text(rows[0] + "\n")
+    with pytest.raises(ValueError, match="--references .*reference.jsonl: no reference to question 4;"):
+        evaluate.main([*run, "--base-url", "http://127.0.0.1:9/v1"])
+
+
 def test_mt_bench_killed_twice(tmp_path):
     run = mt_files(tmp_path, 60)
     server = Server(slow(lambda p, n: f"[[{1 + len(last_answer(p)) % 10}]]", 0.02))
@@ -849,6 +858,11 @@ def test_curve_by_hand(tmp_path):
     online = hand_run(tmp_path / "online", [1, 0], "online-dpo", pairs=3)
     with pytest.raises(ValueError, match="--x steps: .*records none"):
         evaluate.main(["curve", *made, online])
+    hand_run(tmp_path / "online/iteration-2", [1, 1], cumulative={"steps": 9, "tokens": 1, "flops": 1}, win=0)
+    (tmp_path / "online/run.json").write_text(json.dumps({"stage": "online-dpo", "flags": {}, "result": {
+        "exact_match": 1.0, "pairs": 77, "output": "runs/x/iteration-2"}}))
+    point, = evaluate.main(["curve", online, "--output", str(tmp_path / "out")])["lines"]["77"]["points"]     # of its last iteration
+    assert (point["x"], point["score"]) == (9, 1)
     with pytest.raises(ValueError, match="--y arena-hard: .*has no such score; it has exact_match, pairs, win"):
         evaluate.main(["curve", *made, "--y", "arena-hard"])
     (Path(made[0]) / "evaluate/arena-hard").mkdir(parents=True)
@@ -884,6 +898,16 @@ def test_judge_runs_by_a_python_judge(runs, tmp_path):
     assert seat["win_rate"] == 0.5 and seat["equal"] == got["equal"]
 
 
+def test_a_python_judge_that_wavers_wins_three_quarters(tmp_path):
+    """b better in one order, tied in the other: 3/4, as with an LLM's verdicts."""
+    from types import SimpleNamespace
+    (tmp_path / "j.py").write_text("def waver(prompt, answers, reference):\n    return [float(answers == ['b', 'a']), 0.0]\n")
+    args = SimpleNamespace(judge=f"python:{tmp_path}/j.py:waver")
+    rows = [{"key": "k", "prompt": [{"role": "user", "content": "q"}], "answer": None}]
+    made = evaluate.scored_outcomes(args, rows, {"a": ["a"], "b": ["b"]}, [("a", "b"), ("b", "a")], torch.device("cpu"))[0]
+    assert made == {("a", "b"): [0.75], ("b", "a"): [0.25]}
+
+
 def test_judge_runs_by_pairrm(pairrm, tmp_path):
     """b wins where C_10 > C_01, both orders in one; equal answers are a half and never asked."""
     from types import SimpleNamespace
@@ -901,7 +925,7 @@ def test_judge_runs_by_pairrm(pairrm, tmp_path):
 
 
 def test_judge_runs_by_an_llm(runs, tmp_path):
-    """Longer wins over HTTP, both orders; replies without a verdict leave a prompt's other order, or the prompt out."""
+    """Longer wins over HTTP, both orders; a reply without a verdict, in either, leaves the prompt out."""
     (tmp_path / "t.txt").write_text("{prompt}\n⟪a⟫{answer_a}⟪/a⟫\n⟪b⟫{answer_b}⟪/b⟫")
     prompts = [{"messages": [{"role": "user", "content": f"p{i}"}, {"role": "assistant", "content": "x"}], "answer": "x"} for i in range(6)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
@@ -922,9 +946,22 @@ def test_judge_runs_by_an_llm(runs, tmp_path):
                             "--server-url", served.url, "--judge", "llm:x", "--judge-template", str(tmp_path / "t.txt"), "--base-url", server.url,
                             "--output", str(tmp_path / "out"), "--cache-dir", str(runs / "cache"), "--max-new-tokens", "8"])
     (name, got), = result["win_rates"].items()
-    # lengths one 1 2 3 4 5 6, two 3 1 3 9 1 9: p0 silent, p1 lost, p2 equal, p3 won (one order), p4 lost, p5 won
-    assert name.endswith("two over " + evaluate.name_of(str(tmp_path / "one"))) and got["prompts"] == 5 and got["equal"] == 1
-    assert got["win_rate"] == pytest.approx((0 + 0.5 + 1 + 0 + 1) / 5) and result["unparsed"] == 3 and len(server.seen) == 10
+    # lengths one 1 2 3 4 5 6, two 3 1 3 9 1 9: p0 silent, p1 lost, p2 equal, p3 in one order alone: left out, p4 lost, p5 won
+    assert name.endswith("two over " + evaluate.name_of(str(tmp_path / "one"))) and got["prompts"] == 4 and got["equal"] == 1
+    assert got["win_rate"] == pytest.approx((0 + 0.5 + 0 + 1) / 4) and result["unparsed"] == 3 and len(server.seen) == 10
+
+
+def test_judge_of_a_servers_models_by_name(runs, tmp_path):
+    """A name without a folder beside a run: the run's tokenizer counts; one served name for all would judge it against itself."""
+    (tmp_path / "j.py").write_text("def letters(prompt, answers, reference):\n    return [len(a) for a in answers]\n")
+    served = Server(lambda p, n: "long answer" if p["model"] == "gpt-4o" else "short")
+    run = ["judge", "gpt-4o", str(runs / "sft"), "--data", "demo:test", "--limit", "3", "--max-new-tokens", "8", "--engine", "server",
+           "--server-url", served.url, "--judge", f"python:{tmp_path}/j.py:letters", "--output", str(tmp_path / "out"), "--cache-dir",
+           str(runs / "cache")]
+    (rate,), = [evaluate.main(run)["win_rates"].values()]
+    assert rate["win_rate"] == 0 and rate["prompts"] == 3
+    with pytest.raises(ValueError, match="--served-model X: RUNS would all be that one model"):
+        evaluate.main([*run, "--served-model", "X"])
 
 
 # ------------------------------------------------------------------------------------ other people's harnesses
