@@ -2,7 +2,7 @@
 
 Reads   models (folders of sft.py, dpo.py, online_dpo.py or Hub ids), questions, templates, answers: files of the
         benchmarks' own formats or hf:OWNER/NAME/PATH of a Hub data set (hf:spaces/.. of a Space).
-Writes  --output (None: MODEL/evaluate/COMMAND): result.json, which names all that decides the number, answers-*.jsonl,
+Writes  --output (None: MODEL/evaluate/COMMAND, see `folders`): result.json, which names all that decides the number, answers-*.jsonl,
         verdicts-*.jsonl. Every answer and verdict is on disk the moment it is there, under a hash of all that decides
         it: the same command goes on where a killed one died, and nothing that was paid is asked again.
 
@@ -24,6 +24,7 @@ Differs from the benchmarks
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -49,6 +50,7 @@ VARIANTS = {"v0.1": dict(judge="gpt-4-1106-preview", baseline="gpt-4-0314"),
 ARENA = "hf:lmarena-ai/arena-hard-auto/data/arena-hard-v0.1/"
 MT_BENCH = "hf:spaces/lmsys/mt-bench/data/"
 ALPACA = "hf:tatsu-lab/alpaca_eval/alpaca_eval_gpt4_baseline.json"
+ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 MT_TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
                   "stem": 0.1, "humanities": 0.1}             # FastChat's; 0.7 for any other category
 OPENLLM = {  # Open LLM Leaderboard v1: shots and metric, lm-evaluation-harness' names
@@ -346,15 +348,7 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
     where the first reply holds no label at all; both texts are parsed together. A request that failed for good is
     recorded without a reply: unparsed now, asked again by the next run. Refused keys, names and accounts (401, 402, 403,
     404), 20 failures in a row, and failures alone, however few, stop the run."""
-    import fcntl
     from tqdm import tqdm
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "verdicts-0.jsonl", "a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # two processes would pay twice
-    except BlockingIOError:
-        raise ValueError(f"--output {folder}: another process is judging into this folder; wait for it, or name "
-                         "another") from None
     online_dpo.cut_torn_lines(folder, "verdicts-*.jsonl")
     known = online_dpo.read_growing(folder, "verdicts-*.jsonl")
     known = {r["key"]: r["reply"] for r in known if r["reply"] is not None}
@@ -405,7 +399,7 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
         return parse("\n".join(said))
     verdicts = {}
     bar = tqdm(total=len(calls), unit="verdict", desc=f"judge {args.judge}", dynamic_ncols=True)
-    with file:
+    with open(folder / "verdicts-0.jsonl", "a") as file:
         for call, verdict in online_dpo.in_parallel(ask, calls, args.concurrency):
             verdicts[call["id"]] = verdict
             bar.update()
@@ -449,19 +443,44 @@ def finish(args, folder: Path, result: dict) -> dict:
     return result
 
 
-def output_folder(args, name: str) -> Path:
-    """--output, else MODEL/evaluate/NAME for a folder, runs/evaluate/MODEL/NAME for any other name."""
-    model = args.model or Path(args.answers).name.split(".jsonl")[0]
-    local = Path(model) / "evaluate" if Path(model).is_dir() else Path("runs/evaluate") / model.replace("/", "--")
-    return Path(args.output) if args.output else local / name
+def folders(args) -> tuple[Path, Path]:
+    """Where answers and verdicts are kept, and where the result goes. Both are --output; else the first is
+    MODEL/evaluate/COMMAND, runs/evaluate/MODEL/COMMAND where MODEL is no folder here, runs/evaluate/COMMAND for several
+    models: whatever was paid serves any --limit, --judge and --parse. The second has those in its name."""
+    if args.output:
+        return Path(args.output), Path(args.output)
+    have, variant = lambda f: getattr(args, f, None), getattr(args, "variant", None)
+    several = have("runs") or [m for m in (have("before"), have("after")) if m]
+    model = "" if several else args.model or Path(args.answers).name.split(".jsonl")[0]
+    base = Path(model, "evaluate") if model and Path(model).is_dir() else Path("runs/evaluate", model.replace("/", "--"))
+    work = base / (args.command + "-star" * (variant == "star"))
+    usual = {"judge": VARIANTS[variant]["judge"] if variant else DEFAULTS.get(args.command, {}).get("judge"),
+             "annotator": ANNOTATOR, "parse": "2024", "limit": None}
+    what = "+".join([name_of(m) for m in several] + [f"{f}-{name_of(str(have(f)))}" for f, value in usual.items()
+                                                     if have(f) not in (None, value)])
+    return work, work.with_name("-".join(filter(None, [work.name, what[:180], digest(what)[:8] * (len(what) > 180)])))
+
+
+@contextlib.contextmanager
+def alone(folder: Path):
+    """One process at a time: two would sample and pay twice."""
+    import fcntl
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--output {folder}: another process is at work in this folder; wait for it, or name "
+                             "another") from None
+        yield
 
 
 # --------------------------------------------------------------------------------------- the benchmarks
 def arena_hard(args) -> dict:
     """Arena-Hard-Auto v0.1, or the paper's Arena-Hard-Auto*: two swapped games a question against the baseline."""
     star, chosen = args.variant == "star", VARIANTS[args.variant]
+    (folder, out), questions = folders(args), read_questions(args)
     args.judge, args.baseline = args.judge or chosen["judge"], args.baseline or chosen["baseline"]
-    folder, questions = output_folder(args, "arena-hard" + "-star" * star), read_questions(args)
     where, template = read_rows(args.templates, "--templates")[0]
     system, texts = template.get("system_prompt"), template.get("prompt_template")
     texts = [texts] if isinstance(texts, str) else texts
@@ -485,13 +504,14 @@ def arena_hard(args) -> dict:
                                  FINISH if args.parse == "2024" else None)
     if args.dry_run:
         return counts
-    sft.write_rows(folder / "games.jsonl", [{"id": c["id"], "verdict": verdicts[c["id"]]} for c in calls])
+    out.mkdir(parents=True, exist_ok=True)
+    sft.write_rows(out / "games.jsonl", [{"id": c["id"], "verdict": verdicts[c["id"]]} for c in calls])
     battles = arena_battles([(verdicts[c["id"]], int(c["id"][-1])) for c in calls])
     score, low, high = (None if v is None else 100 * v for v in (
         win_rate(battles), *bootstrap(battles, args.bootstrap, args.seed)))
     told = "no battle" if score is None else f"{score:.1f} ({low:.1f} .. {high:.1f})"
     print(f"Arena-Hard ({args.variant}): {told}", file=sys.stderr)
-    return finish(args, folder, {
+    return finish(args, out, {
         "benchmark": "arena-hard-auto-v0.1" + "*" * star, "model": args.model or args.answers,
         "baseline": args.baseline, "parse": args.parse, "template": digest([system, texts[0]]), "score": score,
         "low": low, "high": high,
@@ -510,7 +530,7 @@ def empty(answers: dict[str, list[str]]) -> int:
 
 def mt_bench(args) -> dict:
     """MT-Bench: two turns, each graded alone on 1 to 10, against a reference where --references has one."""
-    folder, questions = output_folder(args, "mt-bench"), read_questions(args)
+    (folder, out), questions = folders(args), read_questions(args)
     templates = {r["name"]: r for _, r in read_rows(args.templates, "--templates") if "name" in r}
     used = ["single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn"]
     missing = [n for n in used if n not in templates]
@@ -538,7 +558,8 @@ def mt_bench(args) -> dict:
     ratings, counts = ask_judge(args, folder, calls, mt_rating)
     if args.dry_run:
         return counts
-    sft.write_rows(folder / "ratings.jsonl", [{"id": c["id"], "rating": ratings[c["id"]]} for c in calls])
+    out.mkdir(parents=True, exist_ok=True)
+    sft.write_rows(out / "ratings.jsonl", [{"id": c["id"], "rating": ratings[c["id"]]} for c in calls])
 
     def mean(names):
         given = [ratings[n] for n in names if ratings[n] is not None]
@@ -548,8 +569,8 @@ def mt_bench(args) -> dict:
     turns = {f"turn {t + 1}": mean([x[t] for x in ids.values() if t < len(x)])
              for t in range(max(map(len, ids.values())))}
     low, high = bootstrap([m for m in map(mean, ids.values()) if m is not None], args.bootstrap, args.seed)
-    plot_bars(folder / "mt-bench.png", categories | turns | {"overall": mean(ratings)}, "MT-Bench rating (1 to 10)", 10)
-    return finish(args, folder, {
+    plot_bars(out / "mt-bench.png", categories | turns | {"overall": mean(ratings)}, "MT-Bench rating (1 to 10)", 10)
+    return finish(args, out, {
         "benchmark": "mt-bench", "model": args.model or args.answers, "baseline": None, "parse": "mt-bench",
         "template": digest([[templates[n]["system_prompt"], templates[n]["prompt_template"]] for n in used]),
         "score": mean(ratings), "low": low, "high": high, "categories": categories, "turns": turns,
@@ -586,7 +607,7 @@ def judge(args) -> dict:
     names = [name_of(r) for r in args.runs]
     if len(set(names)) < max(2, len(names)):
         raise ValueError(f"RUNS {' '.join(args.runs)}: two or more different ones are needed")
-    folder, log = Path(args.output or "runs/evaluate/judge"), lambda *a: print(*a, file=sys.stderr)
+    (folder, out), log = folders(args), lambda *a: print(*a, file=sys.stderr)
     rank, _, device = sft.init_distributed()
     here = [r for r in args.runs if Path(r).is_dir()]       # of a server's models some may be names alone
     first = dpo.argparse_with(args, model=(here or args.runs)[0])
@@ -612,7 +633,7 @@ def judge(args) -> dict:
             "equal": sum(x.strip() == y.strip() for x, y in zip(said[a], said[b]))}
         log(f"{b} over {a}: " + ("no verdict" if not wins else f"{rate['win_rate']:.1%} ({low:.1%} .. {high:.1%}) of "
                                  f"{len(wins)} prompts, {rate['equal']} answers equal"))
-    return finish(args, folder, {"models": args.runs, "baseline": None, "data": key, "win_rates": rates, **counts})
+    return finish(args, out, {"models": args.runs, "baseline": None, "data": key, "win_rates": rates, **counts})
 
 
 def llm_outcomes(args, folder, rows, said, duels, extra: int) -> tuple[dict, dict]:
@@ -707,7 +728,7 @@ def margins(args) -> dict:
     (before, after), key = pair_margins(args, [args.before, args.after])
     if torch.distributed.get_rank():
         return {}
-    folder = Path(args.output or "runs/evaluate/margins")
+    folder = folders(args)[1]
     plot, s = Path(args.plot or folder / "margins.png"), margin_summary(before, after)
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"before": b, "after": a} for b, a in zip(before.tolist(), after.tolist())]
@@ -906,7 +927,7 @@ def openllm(args) -> dict:
     lm_eval, _ = (needs(package, '"lm-eval[hf]==0.4.13"') for package in ("lm_eval", "accelerate"))
     from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
-    folder, wanted, tasks = output_folder(args, "openllm"), {}, {}
+    (folder, out), wanted, tasks = folders(args), {}, {}
     for text in args.tasks or [f"{t}:{shots}:{metric}" for t, (shots, metric) in OPENLLM.items()]:
         name, shots, metric = (text.split(":") + ["", ""])[:3]
         if shots and not shots.isdigit():
@@ -943,7 +964,7 @@ def openllm(args) -> dict:
         print(f"{name} ({shots} shots, {metric}): {tasks[name]['score']:.2f}", file=sys.stderr)
     if len(tasks) < len(wanted):
         return {}
-    return finish(args, folder, {
+    return finish(args, out, {
         "benchmark": "openllm" if args.tasks else "openllm-v1", "model": args.model, "tasks": tasks,
         "score": float(np.mean([t["score"] for t in tasks.values()])), "low": None, "high": None,
         "chat_template": args.apply_chat_template, "limit": args.limit, "lm_eval": lm_eval.__version__})
@@ -953,7 +974,7 @@ def alpaca_eval(args) -> dict:
     """AlpacaEval-2: outputs in its own format, then the alpaca_eval package annotates and computes win rates."""
     package = needs("alpaca_eval", 'alpaca_eval==0.6.6 "setuptools<81"')
     import openai
-    folder, questions, controlled = output_folder(args, "alpaca-eval"), read_questions(args), args.length_controlled
+    (folder, out), questions, controlled = folders(args), read_questions(args), args.length_controlled
     if controlled and args.questions != ALPACA:             # the package joins its difficulties by the row's number
         known = [r["instruction"] for _, r in read_rows(ALPACA, "--length-controlled")]
         if [q["turns"][0] for q in questions] != known[:len(questions)]:
@@ -963,8 +984,8 @@ def alpaca_eval(args) -> dict:
     name = (args.model or Path(args.answers).name).rstrip("/").replace("/", "--")
     outputs = [{"instruction": q["turns"][0], "output": answers[q["id"]][0], "generator": name,
                 "dataset": q["category"]} for q in questions]
-    folder.mkdir(parents=True, exist_ok=True)
-    sft.write_json(folder / "outputs.json", outputs)
+    out.mkdir(parents=True, exist_ok=True)
+    sft.write_json(out / "outputs.json", outputs)
     given, wanted = args.reference_outputs or args.questions, {o["instruction"] for o in outputs}
     reference = [r for _, r in read_rows(given, "--reference-outputs") if r["instruction"] in wanted]
     same = [r["instruction"] for r in reference] == [o["instruction"] for o in outputs]
@@ -974,7 +995,7 @@ def alpaca_eval(args) -> dict:
     try:
         board, annotations = package.evaluate(
             model_outputs=outputs, reference_outputs=reference, annotators_config=args.annotator, name=name,
-            output_path=str(folder), caching_path=str(folder / "annotations-cache.json"),
+            output_path=str(out), caching_path=str(folder / "annotations-cache.json"),
             is_return_instead_of_print=True, precomputed_leaderboard=None, is_cache_leaderboard=False,
             fn_metric="get_length_controlled_winrate" if controlled else "get_winrate",
             metric_kwargs={"save_weights_dir": None} if controlled else {},
@@ -988,7 +1009,7 @@ def alpaca_eval(args) -> dict:
                          "model and OPENAI_API_KEY, and run the same command again") from None
     row = {k: v.item() if hasattr(v, "item") else v for k, v in board.loc[name].to_dict().items()}
     import importlib.metadata
-    return finish(args, folder, {
+    return finish(args, out, {
         "benchmark": "alpaca-eval-2", "model": args.model or args.answers, "judge": args.annotator,
         "parse": args.annotator, "baseline": reference[0].get("generator"), "template": args.annotator,
         "questions": len(questions),
@@ -1031,7 +1052,7 @@ def parser() -> argparse.ArgumentParser:
     add("--questions", help="instructions, with the baseline's outputs; None: the benchmark's Hub data")
     add("--reference-outputs", help="the baseline's outputs, FILE or hf:..; None: those of --questions")
     add("--temperature", type=float, default=0.0, help="of the answers; 0: greedy")
-    add("--annotator", default="weighted_alpaca_eval_gpt4_turbo", help="a config of the package, by name or folder")
+    add("--annotator", default=ANNOTATOR, help="a config of the package, by name or folder")
     add("--length-controlled", action=argparse.BooleanOptionalAction, default=True, help="needs the Hub's data")
 
     add = command(openllm)
@@ -1055,12 +1076,12 @@ def parser() -> argparse.ArgumentParser:
     add("--judge-template", help="llm judge: a file with {prompt}, {answer_a}, {answer_b}: [[A]], [[B]], [[C]]")
     add("--judge-tokens", type=int, default=16384, help="tokens a judge's batch, with padding")
     add("--bootstrap", type=int, default=1000, help="resamples of the interval")
-    add("--output", help="folder; None: runs/evaluate/judge")
+    add("--output", help="folder; None: runs/evaluate/judge-RUNS")
 
     add = command(margins, data_flags, pair_flags)
     add("before", metavar="BEFORE", help="folder or Hub id")
     add("after", metavar="AFTER", help="folder or Hub id")
-    add("--output", help="folder; None: runs/evaluate/margins")
+    add("--output", help="folder; None: runs/evaluate/margins-BEFORE+AFTER")
     add("--plot", help="picture; None: margins.png in the folder")
     add("--data", default=["demo-pairs:test"], **data_set)
 
@@ -1203,7 +1224,9 @@ def main(argv=None) -> dict:
     run = args.__dict__.pop("run")
     if why := check_flags(args):
         raise ValueError("\n".join(why))
-    return run(args)
+    first = hasattr(args, "limit") and os.environ.get("RANK", "0") == "0"       # those that sample, judge, score
+    with alone(folders(args)[0]) if first else contextlib.nullcontext():
+        return run(args)
 
 
 if __name__ == "__main__":

@@ -413,14 +413,42 @@ def test_key_is_never_written(tmp_path, end):
     assert not any(key in f.read_text(errors="replace") for f in files)
 
 
-def test_two_processes_never_judge_into_one_folder(tmp_path):
+def test_two_processes_never_work_in_one_folder(runs, tmp_path):
+    """Not sampling either: the lock is there before the first answer, and gone after an error."""
     import fcntl
     run, *_ = arena_files(tmp_path)
     (tmp_path / "out").mkdir()
-    with open(tmp_path / "out/verdicts-0.jsonl", "a") as other:
+    (tmp_path / "j.py").write_text("def letters(prompt, answers, reference):\n    return [len(a) for a in answers]\n")
+    duel = ["judge", str(runs / "sft"), str(runs / "dpo-20-4"), "--data", "demo:test", "--judge", f"python:{tmp_path}/j.py:letters", "--output",
+            str(tmp_path / "out")]
+    with open(tmp_path / "out/lock", "a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="--output .*another process is judging"):
-            evaluate.main([*run, "--base-url", "http://127.0.0.1:9/v1"])
+        for command in ([*run, "--base-url", "http://127.0.0.1:9/v1"], duel, ["openllm", str(runs / "sft"), "--output", str(tmp_path / "out")]):
+            with pytest.raises(ValueError, match="--output .*another process is at work"):
+                evaluate.main(command)
+    assert not list(tmp_path.rglob("*-0.jsonl"))
+    with pytest.raises(ValueError, match="20 requests in a row") as kept:  # noqa: F841, its frames live on
+        evaluate.main([*run, "--base-url", "http://127.0.0.1:9/v1", "--retries", "0"])
+    server = Server(longer_wins)
+    assert evaluate.main([*run, "--base-url", server.url])["unparsed"] == 0
+
+
+def test_default_folders_share_what_was_paid_and_keep_each_result(tmp_path, monkeypatch):
+    """A part, another judge, another parse: a result each, and no verdict paid twice."""
+    monkeypatch.chdir(tmp_path)
+    run, *_ = arena_files(tmp_path, 6)
+    run, server = [x for i, x in enumerate(run) if "--output" not in (x, run[i - 1]) and "--judge" not in (x, run[i - 1])], Server(longer_wins)
+    asked = [evaluate.main([*run, "--base-url", server.url, *rest])["asked"] for rest in (
+        ["--limit", "2"], [], ["--parse", "2025"], ["--judge", "org/other"], ["--variant", "star"])]
+    assert asked == [4, 8, 0, 12, 12]
+    made = sorted(str(p.parent.relative_to(tmp_path)) for p in tmp_path.rglob("result.json"))
+    assert made == [f"runs/evaluate/mine/arena-hard{x}" for x in ("", "-judge-org--other", "-limit-2", "-parse-2025", "-star")]
+    assert all((tmp_path / m / "games.jsonl").is_file() for m in made)
+    names = lambda *argv: [str(f) for f in evaluate.folders(evaluate.parser().parse_args(argv))]
+    assert names("margins", "runs/a", "/x/b")[1] == "runs/evaluate/margins-a+x--b"
+    assert names("judge", "runs/a", "runs/b", "--judge", "pairrm") == ["runs/evaluate/judge", "runs/evaluate/judge-a+b"]
+    long = [names("judge", *(f"runs/{'x' * 40}{i}" for i in range(n)))[1] for n in (9, 10)]
+    assert long[0] != long[1] and max(len(Path(x).name) for x in long) < 220
 
 
 def killed_twice(run, folder, server, moments):
