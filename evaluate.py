@@ -173,6 +173,8 @@ def fetch(name: str, flag: str) -> Path:
         return Path(name)
     from huggingface_hub import hf_hub_download
     kind, rest = ("space", name[10:]) if name.startswith("hf:spaces/") else ("dataset", name[3:])
+    if rest.count("/") < 2:
+        raise ValueError(f"{flag} {name}: a file on the Hub is hf:OWNER/NAME/PATH")
     owner, repo, path = rest.split("/", 2)
     try:
         return Path(hf_hub_download(f"{owner}/{repo}", path, repo_type=kind))
@@ -206,9 +208,9 @@ def read_questions(args) -> list[dict]:
     out = {}
     for where, r in read_rows(args.questions, "--questions"):
         turns = r.get("turns") or [r[k] for k in ("prompt", "instruction") if isinstance(r.get(k), str)]
-        turns = [t["content"] if isinstance(t, dict) else t for t in turns]
+        turns = [t.get("content") if isinstance(t, dict) else t for t in turns] if isinstance(turns, list) else []
         name = str(r.get("uid", r.get("question_id", r.get("id", r.get("instruction")))))
-        if not turns or name == "None" or name in out:
+        if not turns or not all(isinstance(t, str) for t in turns) or name == "None" or name in out:
             raise ValueError(f"--questions {where}: " + (f"question {name} is there twice" if name in out else
                              f"no uid or question_id with prompt, turns or instruction; its keys are {sorted(r)}"))
         out[name] = {"id": name, "turns": turns, "category": r.get("category", r.get("dataset", ""))}
@@ -272,8 +274,8 @@ def model_key(args) -> list:
     return [dpo.weights_hash(args.model), key.hexdigest(), served and (args.served_model or args.model)]
 
 
-def sample_answers(args, folder: Path, asked: list[dict]) -> list[str] | None:
-    """Texts for {"messages", "temperature"}, from answers-0.jsonl where they are there, else by the engine, a call for
+def sample_answers(args, folder: Path, asked: list[dict]) -> list[dict] | None:
+    """{"text", "finished"} for {"messages", "temperature"}, from answers-0.jsonl where they are there, else by the engine, a call for
     each temperature; None where --dry-run would have to sample. Requests that a server refuses are no answers."""
     from tqdm import tqdm
     served, tokenizer = args.engine == "server", None
@@ -294,7 +296,7 @@ def sample_answers(args, folder: Path, asked: list[dict]) -> list[str] | None:
     keys = [digest([*decides, a["messages"], a["temperature"], args.seed if a["temperature"] else 0]) for a in asked]
     folder.mkdir(parents=True, exist_ok=True)
     online_dpo.cut_torn_lines(folder, "answers-*.jsonl")
-    known = {r["key"]: r["text"] for r in online_dpo.read_growing(folder, "answers-*.jsonl")}
+    known = {r["key"]: r for r in online_dpo.read_growing(folder, "answers-*.jsonl")}
     if args.dry_run and not all(k in known for k in keys):
         return None
     bar = tqdm(total=len(asked), initial=sum(k in known for k in keys), unit="answer", desc="answers",
@@ -310,11 +312,10 @@ def sample_answers(args, folder: Path, asked: list[dict]) -> list[str] | None:
                 if served and not (a.text or a.ids or a.finished):
                     refused.append(rows[a.prompt]["prompt"])
                     continue
-                key = rows[a.prompt]["key"]
-                row = {"key": key, "text": a.text, "tokens": len(a.ids), "finished": a.finished}
+                row = {"key": rows[a.prompt]["key"], "text": a.text, "tokens": len(a.ids), "finished": a.finished}
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-                known[key] = a.text
+                known[row["key"]] = row
                 bar.update()
     bar.close()
     if refused:
@@ -324,20 +325,24 @@ def sample_answers(args, folder: Path, asked: list[dict]) -> list[str] | None:
     return [known[k] for k in keys]
 
 
-def candidate_answers(args, folder: Path, questions: list[dict], temperature=lambda q: 0.0) -> dict | None:
-    """--answers, or the model's own, turn after turn: id -> texts. None where --dry-run would have to sample them."""
+def candidate_answers(args, folder: Path, questions: list[dict], temperature=lambda q: 0.0):
+    """--answers, or the model's own, turn after turn: id -> texts, None where --dry-run would have to sample them; and
+    counts of empty ones and of those cut at --max-new-tokens (of --answers: unknown)."""
+    blank = lambda said: sum(not text.strip() for turns in said.values() for text in turns)
     if args.answers:
-        return read_answers(args.answers, "--answers", questions)
-    said = {q["id"]: [] for q in questions}
+        said = read_answers(args.answers, "--answers", questions)
+        return said, {"empty_answers": blank(said), "truncated_answers": None}
+    said, cut = {q["id"]: [] for q in questions}, 0
     for turn in range(max(len(q["turns"]) for q in questions)):
         now = [q for q in questions if turn < len(q["turns"])]
         asked = [{"temperature": temperature(q), "messages": [
             m for i in range(turn + 1) for m in data.ask(q["turns"][i], (said[q["id"]] + [""])[i])][:-1]} for q in now]
         if (made := sample_answers(args, folder, asked)) is None:
-            return None
-        for q, text in zip(now, made):
-            said[q["id"]].append(text)
-    return said
+            return None, {}
+        for q, row in zip(now, made):
+            said[q["id"]].append(row["text"])
+        cut += sum(not row["finished"] for row in made)
+    return said, {"empty_answers": blank(said), "truncated_answers": cut}
 
 
 def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | None = None) -> tuple[dict, dict]:
@@ -489,7 +494,7 @@ def arena_hard(args) -> dict:
                          "judge_config.yaml")
     baseline = read_answers(args.baseline_answers or f"{ARENA}model_answer/{args.baseline}.jsonl", "--baseline-answers",
                             questions)
-    answers = candidate_answers(args, folder, questions)
+    answers, told = candidate_answers(args, folder, questions)
     calls = []
     for q in questions:
         for game in (1, 2):                                 # 1: A is the baseline; 2: A is the candidate
@@ -509,13 +514,12 @@ def arena_hard(args) -> dict:
     battles = arena_battles([(verdicts[c["id"]], int(c["id"][-1])) for c in calls])
     score, low, high = (None if v is None else 100 * v for v in (
         win_rate(battles), *bootstrap(battles, args.bootstrap, args.seed)))
-    told = "no battle" if score is None else f"{score:.1f} ({low:.1f} .. {high:.1f})"
-    print(f"Arena-Hard ({args.variant}): {told}", file=sys.stderr)
+    print(f"Arena-Hard ({args.variant}): " + ("no battle" if score is None else f"{score:.1f} ({low:.1f} .. {high:.1f})"),
+          file=sys.stderr)
     return finish(args, out, {
         "benchmark": "arena-hard-auto-v0.1" + "*" * star, "model": args.model or args.answers,
         "baseline": args.baseline, "parse": args.parse, "template": digest([system, texts[0]]), "score": score,
-        "low": low, "high": high,
-        "battles": len(battles), "questions": len(questions), "empty_answers": empty(answers), **counts})
+        "low": low, "high": high, "battles": len(battles), "questions": len(questions), **told, **counts})
 
 
 def call(name: str, system: str, text: str, extra: int) -> dict:
@@ -524,26 +528,23 @@ def call(name: str, system: str, text: str, extra: int) -> dict:
                                                      {"role": "user", "content": text}]}
 
 
-def empty(answers: dict[str, list[str]]) -> int:
-    return sum(not text.strip() for turns in answers.values() for text in turns)
-
-
 def mt_bench(args) -> dict:
     """MT-Bench: two turns, each graded alone on 1 to 10, against a reference where --references has one."""
     (folder, out), questions = folders(args), read_questions(args)
-    templates = {r["name"]: r for _, r in read_rows(args.templates, "--templates") if "name" in r}
+    templates = {r["name"]: r for _, r in read_rows(args.templates, "--templates") if {
+        "name", "system_prompt", "prompt_template"} <= set(r)}
     used = ["single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn"]
     missing = [n for n in used if n not in templates]
     if missing:
-        raise ValueError(f"--templates {args.templates}: no template {', '.join(missing)}; MT-Bench's "
-                         "judge_prompts.jsonl has them")
+        raise ValueError(f"--templates {args.templates}: no template {', '.join(missing)} with system_prompt and "
+                         "prompt_template; MT-Bench's judge_prompts.jsonl has them")
     there = {str(r.get("question_id")) for _, r in read_rows(args.references, "--references")}
     references = read_answers(args.references, "--references", [q for q in questions if q["id"] in there])
     bare = [q["id"] for q in questions if q["category"] in ("math", "reasoning", "coding") and q["id"] not in there]
     if bare:
         raise ValueError(f"--references {args.references}: no reference to question {', '.join(bare[:9])}; MT-Bench grades "
                          "math, reasoning and coding against one, and easier without")
-    answers = candidate_answers(args, folder, questions, lambda q: MT_TEMPERATURE.get(q["category"], 0.7))
+    answers, told = candidate_answers(args, folder, questions, lambda q: MT_TEMPERATURE.get(q["category"], 0.7))
     ids = {q["id"]: [f"{q['id']}/{t + 1}" for t in range(len(q["turns"]))] for q in questions}
     calls = []
     for q in questions:
@@ -574,7 +575,7 @@ def mt_bench(args) -> dict:
         "benchmark": "mt-bench", "model": args.model or args.answers, "baseline": None, "parse": "mt-bench",
         "template": digest([[templates[n]["system_prompt"], templates[n]["prompt_template"]] for n in used]),
         "score": mean(ratings), "low": low, "high": high, "categories": categories, "turns": turns,
-        "questions": len(questions), "with_reference": len(references), "empty_answers": empty(answers),
+        "questions": len(questions), "with_reference": len(references), **told,
         "out_of_scale": sum(r is not None and not 1 <= r <= 10 for r in ratings.values()), **counts})
 
 
@@ -615,10 +616,10 @@ def judge(args) -> dict:
     rows, key = online_dpo.read_prompts(first, tokenizer, template, rank, log)
     rows = rows[:args.limit]
     asked = [{"messages": r["prompt"], "temperature": args.temperature} for r in rows]
-    said = {n: sample_answers(dpo.argparse_with(args, model=m), folder / n, asked) for n, m in zip(names, args.runs)}
-    extra = 2 * args.max_new_tokens if None in said.values() else 0
-    if extra:                                               # --dry-run before there are answers
-        said = {n: [f"answer of {n} to come"] * len(rows) for n in names}
+    made = {n: sample_answers(dpo.argparse_with(args, model=m), folder / n, asked) for n, m in zip(names, args.runs)}
+    extra = 2 * args.max_new_tokens if None in made.values() else 0         # --dry-run before there are answers
+    said = {n: [f"answer of {n} to come"] * len(rows) if extra else [r["text"] for r in made[n]] for n in names}
+    cut = {n: sum(not r["finished"] for r in made[n] or ()) for n in names}
     duels = [(a, b) for i, a in enumerate(names) for b in names[i + 1:]]
     made, counts = llm_outcomes(args, folder, rows, said, duels, extra) if args.judge.startswith("llm:") else \
         scored_outcomes(args, rows, said, duels, device)
@@ -633,7 +634,8 @@ def judge(args) -> dict:
             "equal": sum(x.strip() == y.strip() for x, y in zip(said[a], said[b]))}
         log(f"{b} over {a}: " + ("no verdict" if not wins else f"{rate['win_rate']:.1%} ({low:.1%} .. {high:.1%}) of "
                                  f"{len(wins)} prompts, {rate['equal']} answers equal"))
-    return finish(args, out, {"models": args.runs, "baseline": None, "data": key, "win_rates": rates, **counts})
+    return finish(args, out, {"models": args.runs, "baseline": None, "data": key, "win_rates": rates,
+                              "truncated_answers": cut, **counts})
 
 
 def llm_outcomes(args, folder, rows, said, duels, extra: int) -> tuple[dict, dict]:
@@ -782,7 +784,7 @@ def score_of(run: dict, name: str, flag: str) -> dict:
     path = run["folder"] / "evaluate" / name / "result.json"
     if path.is_file():
         return {k: json.loads(path.read_text()).get(k) for k in ("score", "low", "high")}
-    low, high = bootstrap(list(run["right"].values())) if name == "exact_match" else (None, None)
+    low, high = bootstrap([float(r["correct"]) for r in run["samples"]]) if name == "exact_match" else (None, None)
     return {"score": run["result"][name], "low": low, "high": high}
 
 
@@ -838,7 +840,7 @@ def curve(args) -> dict:
         points.sort(key=lambda p: p["x"])
         x, y = (np.array([p[k] for p in points], dtype=np.float64) for k in ("x", "score"))
         error = [[p["score"] - p["low"], p["high"] - p["score"]] if p["low"] is not None else [0, 0] for p in points]
-        ax.errorbar(x, y, np.array(error).T, fmt="o", ms=5, color=colours[i % 7], elinewidth=0.5, capsize=2,
+        ax.errorbar(x, y, np.array(error).T.clip(0), fmt="o", ms=5, color=colours[i % 7], elinewidth=0.5, capsize=2,
                     label=f"{size:,} {noun}")
         line = lines[str(size)] = {"points": points}
         if len(set(x.tolist())) < 3:
@@ -976,18 +978,18 @@ def alpaca_eval(args) -> dict:
     import openai
     (folder, out), questions, controlled = folders(args), read_questions(args), args.length_controlled
     if controlled and args.questions != ALPACA:             # the package joins its difficulties by the row's number
-        known = [r["instruction"] for _, r in read_rows(ALPACA, "--length-controlled")]
+        known = [r.get("instruction") for _, r in read_rows(ALPACA, "--length-controlled")]
         if [q["turns"][0] for q in questions] != known[:len(questions)]:
             raise ValueError(f"--length-controlled: the instructions of --questions {args.questions} are not AlpacaEval's "
                              "in their order, which its length control is fitted on; --no-length-controlled does without")
-    answers = candidate_answers(args, folder, questions, lambda q: args.temperature)
+    answers, told = candidate_answers(args, folder, questions, lambda q: args.temperature)
     name = (args.model or Path(args.answers).name).rstrip("/").replace("/", "--")
     outputs = [{"instruction": q["turns"][0], "output": answers[q["id"]][0], "generator": name,
                 "dataset": q["category"]} for q in questions]
     out.mkdir(parents=True, exist_ok=True)
     sft.write_json(out / "outputs.json", outputs)
     given, wanted = args.reference_outputs or args.questions, {o["instruction"] for o in outputs}
-    reference = [r for _, r in read_rows(given, "--reference-outputs") if r["instruction"] in wanted]
+    reference = [r for _, r in read_rows(given, "--reference-outputs") if r.get("instruction") in wanted]
     same = [r["instruction"] for r in reference] == [o["instruction"] for o in outputs]
     if not same or any("output" not in r for r in reference):
         raise ValueError(f"--reference-outputs {given}: needs one output to each instruction of --questions, in order")
@@ -1003,8 +1005,8 @@ def alpaca_eval(args) -> dict:
             annotation_kwargs={"chunksize": args.concurrency, "num_procs": args.concurrency,     # a chunk is kept whole
                                "client_kwargs": {"timeout": args.timeout, "max_retries": args.retries}})
     except openai.OpenAIError as error:
-        told = str(error).replace(os.environ.get("OPENAI_API_KEY") or "\0", "[key]")[:300]
-        raise ValueError(f"--base-url {args.judge_url}: {type(error).__name__}: {told}; all but the last --concurrency "
+        why = str(error).replace(os.environ.get("OPENAI_API_KEY") or "\0", "[key]")[:300]
+        raise ValueError(f"--base-url {args.judge_url}: {type(error).__name__}: {why}; all but the last --concurrency "
                          f"{args.concurrency} annotations are on disk. Check the URL (it ends in /v1), the annotator's "
                          "model and OPENAI_API_KEY, and run the same command again") from None
     row = {k: v.item() if hasattr(v, "item") else v for k, v in board.loc[name].to_dict().items()}
@@ -1012,7 +1014,7 @@ def alpaca_eval(args) -> dict:
     return finish(args, out, {
         "benchmark": "alpaca-eval-2", "model": args.model or args.answers, "judge": args.annotator,
         "parse": args.annotator, "baseline": reference[0].get("generator"), "template": args.annotator,
-        "questions": len(questions),
+        "questions": len(questions), **told,
         "unparsed": sum(a.get("preference") is None or a["preference"] != a["preference"] for a in annotations),
         "score": row.get("length_controlled_winrate", row["win_rate"]), "low": None, "high": None,
         "win_rate": row["win_rate"], "length_controlled_win_rate": row.get("length_controlled_winrate"),

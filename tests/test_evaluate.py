@@ -652,6 +652,29 @@ def test_bad_templates_are_named(tmp_path, text, told):
         evaluate.main([*run, "--base-url", "http://127.0.0.1:9/v1"])
 
 
+@pytest.mark.parametrize("flag, name, text, told", [
+    ("--answers", "hf:foo", "", "--answers hf:foo: a file on the Hub is hf:OWNER/NAME/PATH"),
+    ("--questions", "q.jsonl", "", "--questions .*q.jsonl: empty"),
+    ("--questions", "q.json", "[{", "--questions .*q.json: not to be read as json"),
+    ("--questions", "q.jsonl", '{"uid": 1, "turns": [{"role": "user"}]}', "--questions .*q.jsonl:1: no uid"),
+    ("--questions", "q.jsonl", '{"uid": 1, "turns": "x"}', "--questions .*q.jsonl:1: no uid"),
+    ("--templates", "t.yaml", "[]", "--templates .*t.yaml: empty"),
+    ("--templates", "t.yaml", "- a: b", "--templates .*t.yaml.*needs system_prompt"),
+    ("--answers", "a.jsonl", '{"uid": "q0", "messages": [{"content": "x"}]}', "--answers .*a.jsonl:1: .*holds no text")])
+def test_bad_files_are_one_message(tmp_path, flag, name, text, told):
+    run, *_ = arena_files(tmp_path)
+    (tmp_path / name).write_text(text + "\n" * bool(text)) if text or "." in name else None
+    with pytest.raises(ValueError, match=told):
+        evaluate.main([*run, flag, name if name.startswith("hf:") else str(tmp_path / name), "--base-url", "http://127.0.0.1:9/v1"])
+
+
+def test_mt_bench_templates_without_their_fields_are_named(tmp_path):
+    run = mt_files(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text((tmp_path / "prompts.jsonl").read_text().replace('"system_prompt"', '"sytem"', 1))
+    with pytest.raises(ValueError, match="--templates .*no template single-v1 with system_prompt"):
+        evaluate.main([*run, "--base-url", "http://127.0.0.1:9/v1"])
+
+
 def test_templates_with_unknown_placeholders_are_refused(tmp_path):
     run, *_ = arena_files(tmp_path)
     (tmp_path / "template.yaml").write_text(TEMPLATE.replace("{answer_2}", "{answer_7}"))
@@ -715,7 +738,7 @@ def test_answers_that_a_server_refuses_are_no_losses(tmp_path):
     assert len(known) == 5 and not judge.seen
     sick[0], before = False, len(model.seen)
     result = evaluate.main(run)
-    assert len(model.seen) == before + 1 and result["empty_answers"] == 2
+    assert len(model.seen) == before + 1 and result["empty_answers"] == 2 and result["truncated_answers"] == 1
 
 
 @pytest.mark.parametrize("engine", ["hf", "server"])
@@ -897,6 +920,8 @@ def test_curve_by_hand(tmp_path):
     (Path(made[0]) / "evaluate/arena-hard/result.json").write_text('{"score": 12.5, "low": 11, "high": 14}')
     one = evaluate.main(["curve", made[0], "--y", "arena-hard", "--output", str(tmp_path / "out")])["lines"]["100"]["points"][0]
     assert (one["score"], one["low"], one["high"]) == (12.5, 11, 14)
+    (Path(made[0]) / "evaluate/arena-hard/result.json").write_text('{"score": 12.5, "low": 13, "high": 14}')
+    evaluate.main(["curve", made[0], "--y", "arena-hard", "--output", str(tmp_path / "out")])       # a score outside its interval
 
 
 def test_report_page(tmp_path):
