@@ -2,9 +2,9 @@
 
 Reads   models (folders of sft.py, dpo.py, online_dpo.py or Hub ids), questions, templates, answers: files of the
         benchmarks' own formats or hf:OWNER/NAME/PATH of a Hub data set (hf:spaces/.. of a Space).
-Writes  --output (None: MODEL/evaluate/COMMAND, see `folders`): result.json, which names all that decides the number, answers-*.jsonl,
-        verdicts-*.jsonl. Every answer and verdict is on disk the moment it is there, under a hash of all that decides
-        it: the same command goes on where a killed one died, and nothing that was paid is asked again.
+Writes  --output (None: MODEL/evaluate/COMMAND, see `folders`): result.json, which names all that decides the number,
+        answers-*.jsonl, verdicts-*.jsonl. Every answer and verdict is on disk the moment it is there, under a hash of
+        all that decides it: the same command goes on where a killed one died, and nothing that was paid is asked again.
 
     python evaluate.py                                                   # the demo's stages, a table
     python evaluate.py arena-hard MODEL --templates judge_config.yaml --base-url https://api.openai.com/v1 --dry-run
@@ -57,6 +57,7 @@ OPENLLM = {  # Open LLM Leaderboard v1: shots and metric, lm-evaluation-harness'
     "arc_challenge": (25, "acc_norm,none"), "hellaswag": (10, "acc_norm,none"), "mmlu": (5, "acc,none"),
     "truthfulqa_mc2": (0, "acc,none"), "winogrande": (5, "acc,none"), "gsm8k": (5, "exact_match,strict-match")}
 FINISH = "Please end your judgment now: give the one label that is your final verdict."
+DATE = "%Y-%m-%dT%H:%M:%S%z"
 STAGES = ["runs/sft", "runs/dpo", "runs/online-dpo"]
 
 
@@ -275,8 +276,8 @@ def model_key(args) -> list:
 
 
 def sample_answers(args, folder: Path, asked: list[dict]) -> list[dict] | None:
-    """{"text", "finished"} for {"messages", "temperature"}, from answers-0.jsonl where they are there, else by the engine, a call for
-    each temperature; None where --dry-run would have to sample. Requests that a server refuses are no answers."""
+    """{"text", "finished"} for {"messages", "temperature"}, from answers-0.jsonl where they are there, else by the
+    engine, a call for each temperature; None where --dry-run would have to sample. What a server refuses is no answer."""
     from tqdm import tqdm
     served, tokenizer = args.engine == "server", None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -320,8 +321,8 @@ def sample_answers(args, folder: Path, asked: list[dict]) -> list[dict] | None:
     bar.close()
     if refused:
         raise ValueError(f"--server-url {args.server_url}: {len(refused)} answers were refused (first prompt: "
-                         f"{json.dumps(refused[0])[:200]}); the others are on disk. A prompt too long for the server, or "
-                         f"--max-new-tokens {args.max_new_tokens}? Mend it and run the same command again")
+                         f"{json.dumps(refused[0])[:200]}); the others are on disk. A prompt too long for the server, "
+                         f"or --max-new-tokens {args.max_new_tokens}? Mend it and run the same command again")
     return [known[k] for k in keys]
 
 
@@ -349,10 +350,10 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
     """calls {"id", "messages"} -> {id: parse(the judge's own text) or None}, and counts.
 
     Every reply is appended to verdicts-0.jsonl under a hash of id, judge, messages, temperature and limit, and never
-    asked for again; what is parsed is the reply, so parsing 2025 after 2024 costs nothing. follow_up: one more user turn
-    where the first reply holds no label at all; both texts are parsed together. A request that failed for good is
-    recorded without a reply: unparsed now, asked again by the next run. Refused keys, names and accounts (401, 402, 403,
-    404), 20 failures in a row, and failures alone, however few, stop the run."""
+    asked for again; what is parsed is the reply, so that parsing 2025 after 2024 costs nothing. follow_up: one more
+    user turn where the first reply holds no label at all; both texts are parsed together. A request that failed for
+    good is recorded without a reply: unparsed now, asked again by the next run. Refused keys, accounts and names (401,
+    402, 403, 404), 20 failures in a row, and failures alone, however few, stop the run."""
     from tqdm import tqdm
     online_dpo.cut_torn_lines(folder, "verdicts-*.jsonl")
     known = online_dpo.read_growing(folder, "verdicts-*.jsonl")
@@ -389,7 +390,8 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
                     error = str(e)
                 with lock:
                     file.write(json.dumps({"key": key, "id": call["id"], "judge": args.judge, "url": args.judge_url,
-                                           "reply": reply, "error": error, "tokens": tokens, "time": now()}) + "\n")
+                                           "reply": reply, "error": error, "tokens": tokens,
+                                           "time": time.strftime(DATE)}) + "\n")
                     file.flush()
                     counts["asked"] += reply is not None
                     counts["failed"] += reply is None
@@ -414,8 +416,8 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
     counts |= {"calls": len(calls), "unparsed": sum(v is None for v in verdicts.values())}
     if counts["unparsed"]:
         print(f"{counts['unparsed']} of {len(calls)} verdicts are unparsed ({counts['failed']} requests failed, which "
-              "the same command asks again" + f"; the last: {failing[1]}" * bool(failing[1]) + "); they count as neither "
-              "win nor loss", file=sys.stderr)
+              "the same command asks again" + f"; the last: {failing[1]}" * bool(failing[1]) + "); they count as "
+              "neither win nor loss", file=sys.stderr)
     return verdicts, counts
 
 
@@ -432,17 +434,13 @@ def dry_run(args, calls, todo, follow_up) -> dict:
             "tokens_out_at_most": tokens_out, "cost_at_most": cost}
 
 
-def now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
 def finish(args, folder: Path, result: dict) -> dict:
     """result.json: the score with all that decides it."""
     import transformers
     versions = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, transformers, np)}
     result = {"command": args.command, "judge": getattr(args, "judge", None), "temperature": getattr(
-        args, "judge_temperature", None), **result, "date": now(), "git": sft.git_commit(), "versions": versions,
-        "flags": vars(args), "output": str(folder)}
+        args, "judge_temperature", None), **result, "date": time.strftime(DATE), "git": sft.git_commit(),
+        "versions": versions, "flags": vars(args), "output": str(folder)}
     folder.mkdir(parents=True, exist_ok=True)
     sft.write_json(folder / "result.json", result)
     return result
@@ -457,7 +455,8 @@ def folders(args) -> tuple[Path, Path]:
     have, variant = lambda f: getattr(args, f, None), getattr(args, "variant", None)
     several = have("runs") or [m for m in (have("before"), have("after")) if m]
     model = "" if several else args.model or Path(args.answers).name.split(".jsonl")[0]
-    base = Path(model, "evaluate") if model and Path(model).is_dir() else Path("runs/evaluate", model.replace("/", "--"))
+    here = model and Path(model).is_dir()
+    base = Path(model, "evaluate") if here else Path("runs/evaluate", model.replace("/", "--"))
     work = base / (args.command + "-star" * (variant == "star"))
     usual = {"judge": VARIANTS[variant]["judge"] if variant else DEFAULTS.get(args.command, {}).get("judge"),
              "annotator": ANNOTATOR, "parse": "2024", "limit": None}
@@ -514,8 +513,8 @@ def arena_hard(args) -> dict:
     battles = arena_battles([(verdicts[c["id"]], int(c["id"][-1])) for c in calls])
     score, low, high = (None if v is None else 100 * v for v in (
         win_rate(battles), *bootstrap(battles, args.bootstrap, args.seed)))
-    print(f"Arena-Hard ({args.variant}): " + ("no battle" if score is None else f"{score:.1f} ({low:.1f} .. {high:.1f})"),
-          file=sys.stderr)
+    shown = "no battle" if score is None else f"{score:.1f} ({low:.1f} .. {high:.1f})"
+    print(f"Arena-Hard ({args.variant}): {shown}", file=sys.stderr)
     return finish(args, out, {
         "benchmark": "arena-hard-auto-v0.1" + "*" * star, "model": args.model or args.answers,
         "baseline": args.baseline, "parse": args.parse, "template": digest([system, texts[0]]), "score": score,
@@ -542,8 +541,8 @@ def mt_bench(args) -> dict:
     references = read_answers(args.references, "--references", [q for q in questions if q["id"] in there])
     bare = [q["id"] for q in questions if q["category"] in ("math", "reasoning", "coding") and q["id"] not in there]
     if bare:
-        raise ValueError(f"--references {args.references}: no reference to question {', '.join(bare[:9])}; MT-Bench grades "
-                         "math, reasoning and coding against one, and easier without")
+        raise ValueError(f"--references {args.references}: no reference to question {', '.join(bare[:9])}; MT-Bench "
+                         "grades math, reasoning and coding against one, and easier without")
     answers, told = candidate_answers(args, folder, questions, lambda q: MT_TEMPERATURE.get(q["category"], 0.7))
     ids = {q["id"]: [f"{q['id']}/{t + 1}" for t in range(len(q["turns"]))] for q in questions}
     calls = []
@@ -764,7 +763,7 @@ def read_run(folder: str) -> dict:
             f"; run python {Path(folder).name.replace('-', '_')}.py first" if folder in STAGES else ""))
     last = Path(folder) / Path(run["result"].get("output", folder)).name
     last = last if run["stage"] == "online-dpo" and last.is_dir() else Path(folder)
-    if last != Path(folder) and (last / "run.json").is_file():      # of the chain, as the last iteration's training tells
+    if last != Path(folder) and (last / "run.json").is_file():      # "cumulative" is in the last training's
         run["result"] = json.loads((last / "run.json").read_text())["result"] | run["result"]
     rows = [r for _, r in data.read_lines(str(last / "samples.jsonl"))] if (last / "samples.jsonl").is_file() else []
     return run | {"name": name_of(folder), "folder": last, "size": run["result"].get("pairs") or run.get("rows"),
@@ -980,8 +979,9 @@ def alpaca_eval(args) -> dict:
     if controlled and args.questions != ALPACA:             # the package joins its difficulties by the row's number
         known = [r.get("instruction") for _, r in read_rows(ALPACA, "--length-controlled")]
         if [q["turns"][0] for q in questions] != known[:len(questions)]:
-            raise ValueError(f"--length-controlled: the instructions of --questions {args.questions} are not AlpacaEval's "
-                             "in their order, which its length control is fitted on; --no-length-controlled does without")
+            raise ValueError(f"--length-controlled: the instructions of --questions {args.questions} are not "
+                             "AlpacaEval's in their order, which its length control is fitted on; "
+                             "--no-length-controlled does without")
     answers, told = candidate_answers(args, folder, questions, lambda q: args.temperature)
     name = (args.model or Path(args.answers).name).rstrip("/").replace("/", "--")
     outputs = [{"instruction": q["turns"][0], "output": answers[q["id"]][0], "generator": name,
@@ -1030,7 +1030,7 @@ def parser() -> argparse.ArgumentParser:
     def command(run, *groups, **defaults):
         c = commands.add_parser(run.__name__.replace("_", "-"), help=run.__doc__.splitlines()[0],
                                 description=run.__doc__, allow_abbrev=False)
-        c.set_defaults(run=run, **defaults)
+        c.set_defaults(run=run, **DEFAULTS.get(run.__name__.replace("_", "-"), {}), **defaults)
         for group in groups:
             group(c.add_argument)
         return c.add_argument
@@ -1194,8 +1194,8 @@ def check_flags(args) -> list[str]:
         if kind != "llm" and args.dry_run:
             why.append(f"--dry-run: --judge {args.judge} costs nothing; it is for llm judges")
         if args.engine == "server" and args.served_model:
-            why.append(f"--served-model {args.served_model}: RUNS would all be that one model; leave it out, RUNS are the "
-                       "server's names")
+            why.append(f"--served-model {args.served_model}: RUNS would all be that one model; leave it out, RUNS are "
+                       "the server's names")
     if hasattr(args, "judge_url") and not (args.judge_url or args.dry_run or args.command == "judge" and kind != "llm"):
         why.append("--base-url: needed, the judge's endpoint (https://api.openai.com/v1); " +
                    "--dry-run counts without one" * hasattr(args, "price"))
@@ -1218,9 +1218,6 @@ def main(argv=None) -> dict:
     args = parser().parse_args((sys.argv[1:] if argv is None else list(argv)) or ["stages"])
     if not args.command:
         raise ValueError("COMMAND: needed; python evaluate.py --help lists them")
-    for k, v in DEFAULTS.get(args.command, {}).items():
-        if getattr(args, k) is None:
-            setattr(args, k, v)
     if hasattr(args, "dtype"):
         args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
     run = args.__dict__.pop("run")
