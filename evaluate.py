@@ -2,16 +2,16 @@
 
 Reads   models (folders of sft.py, dpo.py, online_dpo.py or Hub ids), questions, templates, answers: files of the
         benchmarks' own formats or hf:OWNER/NAME/PATH of a Hub data set (hf:spaces/.. of a Space).
-Writes  --output (None: MODEL/evaluate/COMMAND): result.json, which names all that decides the number, answers-*.jsonl,
-        verdicts-*.jsonl. Every answer and verdict is on disk the moment it is there, under a hash of all that decides
-        it: the same command goes on where a killed one died, and nothing that was paid is asked again.
+Writes  --output (None: MODEL/evaluate/COMMAND, see `folders`): result.json, which names all that decides the number,
+        answers-*.jsonl, verdicts-*.jsonl. Every answer and verdict is on disk the moment it is there, under a hash of
+        all that decides it: the same command goes on where a killed one died, and nothing that was paid is asked again.
 
     python evaluate.py                                                   # the demo's stages, a table
     python evaluate.py arena-hard MODEL --templates judge_config.yaml --base-url https://api.openai.com/v1 --dry-run
     python evaluate.py arena-hard MODEL --variant star ..                # the paper's cheaper Arena-Hard-Auto*
     python evaluate.py mt-bench MODEL --base-url URL                     # key: OPENAI_API_KEY
     python evaluate.py openllm MODEL                                     # needs lm-eval
-    python evaluate.py alpaca-eval MODEL                                 # needs alpaca_eval
+    python evaluate.py alpaca-eval MODEL --base-url URL                  # needs alpaca_eval
     python evaluate.py judge RUN RUN --data PROMPTS --judge pairrm       # win rates among any models
     python evaluate.py margins BEFORE AFTER --data PAIRS
     python evaluate.py curve RUNS.. --x steps --y exact_match
@@ -24,6 +24,7 @@ Differs from the benchmarks
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -49,12 +50,14 @@ VARIANTS = {"v0.1": dict(judge="gpt-4-1106-preview", baseline="gpt-4-0314"),
 ARENA = "hf:lmarena-ai/arena-hard-auto/data/arena-hard-v0.1/"
 MT_BENCH = "hf:spaces/lmsys/mt-bench/data/"
 ALPACA = "hf:tatsu-lab/alpaca_eval/alpaca_eval_gpt4_baseline.json"
+ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 MT_TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
                   "stem": 0.1, "humanities": 0.1}             # FastChat's; 0.7 for any other category
 OPENLLM = {  # Open LLM Leaderboard v1: shots and metric, lm-evaluation-harness' names
     "arc_challenge": (25, "acc_norm,none"), "hellaswag": (10, "acc_norm,none"), "mmlu": (5, "acc,none"),
     "truthfulqa_mc2": (0, "acc,none"), "winogrande": (5, "acc,none"), "gsm8k": (5, "exact_match,strict-match")}
 FINISH = "Please end your judgment now: give the one label that is your final verdict."
+DATE = "%Y-%m-%dT%H:%M:%S%z"
 STAGES = ["runs/sft", "runs/dpo", "runs/online-dpo"]
 
 
@@ -171,6 +174,8 @@ def fetch(name: str, flag: str) -> Path:
         return Path(name)
     from huggingface_hub import hf_hub_download
     kind, rest = ("space", name[10:]) if name.startswith("hf:spaces/") else ("dataset", name[3:])
+    if rest.count("/") < 2:
+        raise ValueError(f"{flag} {name}: a file on the Hub is hf:OWNER/NAME/PATH")
     owner, repo, path = rest.split("/", 2)
     try:
         return Path(hf_hub_download(f"{owner}/{repo}", path, repo_type=kind))
@@ -204,9 +209,9 @@ def read_questions(args) -> list[dict]:
     out = {}
     for where, r in read_rows(args.questions, "--questions"):
         turns = r.get("turns") or [r[k] for k in ("prompt", "instruction") if isinstance(r.get(k), str)]
-        turns = [t["content"] if isinstance(t, dict) else t for t in turns]
+        turns = [t.get("content") if isinstance(t, dict) else t for t in turns] if isinstance(turns, list) else []
         name = str(r.get("uid", r.get("question_id", r.get("id", r.get("instruction")))))
-        if not turns or name == "None" or name in out:
+        if not turns or not all(isinstance(t, str) for t in turns) or name == "None" or name in out:
             raise ValueError(f"--questions {where}: " + (f"question {name} is there twice" if name in out else
                              f"no uid or question_id with prompt, turns or instruction; its keys are {sorted(r)}"))
         out[name] = {"id": name, "turns": turns, "category": r.get("category", r.get("dataset", ""))}
@@ -254,22 +259,32 @@ def digest(value) -> str:
 
 
 # ----------------------------------------------------------------------------------- answers and verdicts
-def model_key(args) -> str:
-    """What tells a model from another: its weights, or its name where a server holds them."""
-    if args.engine == "server":
-        return f"{args.served_model or args.model}"
-    return dpo.weights_hash(args.model)
+def model_key(args) -> list:
+    """What tells a model from another: weights, tokenizer, template and generation config by content, and the name by
+    which a server knows it. A server's MODEL may be a name alone."""
+    served, folder = args.engine == "server", Path(args.model)
+    if served and not any(folder.glob("*.safetensors")):
+        return [args.served_model or args.model]
+    key, patterns = hashlib.sha256(), ["tokenizer*", "chat_template*", "generation_config.json"]
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        folder = Path(snapshot_download(args.model, allow_patterns=patterns))
+    for path in sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file()):
+        key.update(path.name.encode())
+        data.hash_file(key, path)
+    return [dpo.weights_hash(args.model), key.hexdigest(), served and (args.served_model or args.model)]
 
 
-def sample_answers(args, folder: Path, asked: list[dict]) -> list[str] | None:
-    """Texts for {"messages", "temperature"}, from answers-0.jsonl where they are there, else by the engine, a call for
-    each temperature; None where --dry-run would have to sample."""
+def sample_answers(args, folder: Path, asked: list[dict]) -> list[dict] | None:
+    """{"text", "finished"} for {"messages", "temperature"}, from answers-0.jsonl where they are there, else by the
+    engine, a call for each temperature; None where --dry-run would have to sample. What a server refuses is no answer."""
     from tqdm import tqdm
-    tokenizer = template = None
+    served, tokenizer = args.engine == "server", None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.engine != "server":
+    if not served:
         from transformers import AutoConfig
         tokenizer, template = sft.load_tokenizer(args)
+        online_dpo.check_stops(args.model, template)
         config, limit = AutoConfig.from_pretrained(args.model).get_text_config(), args.max_new_tokens
         context = getattr(config, "max_position_embeddings", None) or math.inf
         sizes = [len(sft.prompt_ids(tokenizer, a["messages"])) for a in asked]
@@ -278,15 +293,16 @@ def sample_answers(args, folder: Path, asked: list[dict]) -> list[str] | None:
             raise ValueError(f"--max-new-tokens {limit}: with it {over} of {len(sizes)} prompts (longest {max(sizes)} "
                              f"tokens) exceed {args.model}'s context of {context}; lower it")
     decides = [model_key(args), args.engine, tokenizer and tokenizer.chat_template, args.max_new_tokens, args.top_p,
-               args.seed, args.dtype]
-    keys = [digest([*decides, a["messages"], a["temperature"]]) for a in asked]
+               None if served else args.dtype]
+    keys = [digest([*decides, a["messages"], a["temperature"], args.seed if a["temperature"] else 0]) for a in asked]
     folder.mkdir(parents=True, exist_ok=True)
     online_dpo.cut_torn_lines(folder, "answers-*.jsonl")
-    known = {r["key"]: r["text"] for r in online_dpo.read_growing(folder, "answers-*.jsonl")}
+    known = {r["key"]: r for r in online_dpo.read_growing(folder, "answers-*.jsonl")}
     if args.dry_run and not all(k in known for k in keys):
         return None
     bar = tqdm(total=len(asked), initial=sum(k in known for k in keys), unit="answer", desc="answers",
                dynamic_ncols=True)
+    refused = []
     with open(folder / "answers-0.jsonl", "a") as file:
         for t in sorted({a["temperature"] for a in asked}):
             rows = list({k: {"key": k, "prompt": a["messages"]} for k, a in zip(keys, asked)
@@ -294,62 +310,74 @@ def sample_answers(args, folder: Path, asked: list[dict]) -> list[str] | None:
             settings = dpo.argparse_with(args, temperature=t, samples=1, base_url=args.server_url)
             made = online_dpo.answers_of(settings, args.model, tokenizer, rows, frozenset(), device, 0, "--server-url")
             for a in made if rows else ():
-                key = rows[a.prompt]["key"]
-                row = {"key": key, "text": a.text, "tokens": len(a.ids), "finished": a.finished}
+                if served and not (a.text or a.ids or a.finished):
+                    refused.append(rows[a.prompt]["prompt"])
+                    continue
+                row = {"key": rows[a.prompt]["key"], "text": a.text, "tokens": len(a.ids), "finished": a.finished}
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-                known[key] = a.text
+                known[row["key"]] = row
                 bar.update()
     bar.close()
+    if refused:
+        raise ValueError(f"--server-url {args.server_url}: {len(refused)} answers were refused (first prompt: "
+                         f"{json.dumps(refused[0])[:200]}); the others are on disk. A prompt too long for the server, "
+                         f"or --max-new-tokens {args.max_new_tokens}? Mend it and run the same command again")
     return [known[k] for k in keys]
 
 
-def candidate_answers(args, folder: Path, questions: list[dict], temperature=lambda q: 0.0) -> dict | None:
-    """--answers, or the model's own, turn after turn: id -> texts. None where --dry-run would have to sample them."""
+def candidate_answers(args, folder: Path, questions: list[dict], temperature=lambda q: 0.0):
+    """--answers, or the model's own, turn after turn: id -> texts, None where --dry-run would have to sample them; and
+    counts of empty ones and of those cut at --max-new-tokens (of --answers: unknown)."""
+    blank = lambda said: sum(not text.strip() for turns in said.values() for text in turns)
     if args.answers:
-        return read_answers(args.answers, "--answers", questions)
-    said = {q["id"]: [] for q in questions}
+        said = read_answers(args.answers, "--answers", questions)
+        return said, {"empty_answers": blank(said), "truncated_answers": None}
+    said, cut = {q["id"]: [] for q in questions}, 0
     for turn in range(max(len(q["turns"]) for q in questions)):
         now = [q for q in questions if turn < len(q["turns"])]
         asked = [{"temperature": temperature(q), "messages": [
             m for i in range(turn + 1) for m in data.ask(q["turns"][i], (said[q["id"]] + [""])[i])][:-1]} for q in now]
         if (made := sample_answers(args, folder, asked)) is None:
-            return None
-        for q, text in zip(now, made):
-            said[q["id"]].append(text)
-    return said
+            return None, {}
+        for q, row in zip(now, made):
+            said[q["id"]].append(row["text"])
+        cut += sum(not row["finished"] for row in made)
+    return said, {"empty_answers": blank(said), "truncated_answers": cut}
 
 
 def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | None = None) -> tuple[dict, dict]:
     """calls {"id", "messages"} -> {id: parse(the judge's own text) or None}, and counts.
 
     Every reply is appended to verdicts-0.jsonl under a hash of id, judge, messages, temperature and limit, and never
-    asked for again; what is parsed is the reply, so another parse variant costs nothing. follow_up: one more user turn
-    where the first reply holds no label at all; both texts are parsed together. A request that failed for good is
-    recorded without a reply: unparsed now, asked again by the next run. Refused keys and names (401, 403, 404) and 20
-    failures in a row stop the run."""
-    import fcntl
+    asked for again; what is parsed is the reply, so that parsing 2025 after 2024 costs nothing. follow_up: one more
+    user turn where the first reply holds no label at all; both texts are parsed together. A request that failed for
+    good is recorded without a reply: unparsed now, asked again by the next run. Refused keys, accounts and names (401,
+    402, 403, 404), 20 failures in a row, and failures alone, however few, stop the run."""
     from tqdm import tqdm
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "verdicts-0.jsonl", "a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # two processes would pay twice
-    except BlockingIOError:
-        raise ValueError(f"--output {folder}: another process is judging into this folder; wait for it, or name "
-                         "another") from None
     online_dpo.cut_torn_lines(folder, "verdicts-*.jsonl")
     known = online_dpo.read_growing(folder, "verdicts-*.jsonl")
     known = {r["key"]: r["reply"] for r in known if r["reply"] is not None}
     settings = {"model": args.judge, "temperature": args.judge_temperature, "max_tokens": args.judge_max_tokens}
     key_of = lambda name, messages: digest([name, settings, messages])
-    todo = [c for c in calls if c["extra"] or key_of(c["id"], c["messages"]) not in known]      # extra: answers to come
+
+    def further(messages, reply):                           # the turn after a first reply, None where there is none
+        if follow_up and len(messages) < 3 and not re.search(r"\[\[[AB<>=]+\]\]", reply):
+            return [*messages, {"role": "assistant", "content": reply}, {"role": "user", "content": follow_up}]
+
+    def left(name, messages):                               # the first turn that is not on disk, None where all are
+        while messages and (reply := known.get(key_of(name, messages))) is not None:
+            messages = further(messages, reply)
+        return messages
+    todo = [c | {"messages": m} for c in calls          # extra: answers to come
+            if (m := c["messages"] if c["extra"] else left(c["id"], c["messages"]))]
     if args.dry_run:
         return {}, dry_run(args, calls, todo, follow_up)
-    lock, failing, counts = threading.Lock(), [0], {"asked": 0, "failed": 0, "judge_tokens": 0}
+    lock, failing, counts = threading.Lock(), [0, ""], {"asked": 0, "failed": 0, "judge_tokens": 0}
 
     def ask(call):
-        messages, said = list(call["messages"]), []
-        for last in ([False, True] if follow_up else [True]):
+        messages, said = call["messages"], []
+        while messages:
             key, error, tokens = key_of(call["id"], messages), None, 0
             reply = known.get(key)
             if reply is None:
@@ -357,37 +385,39 @@ def ask_judge(args, folder: Path, calls: list[dict], parse, follow_up: str | Non
                     reply, _, tokens = online_dpo.chat(args.judge_url, settings | {"messages": messages}, args,
                                                        "--base-url")
                 except online_dpo.ChatError as e:
-                    if e.status in (401, 403, 404):
+                    if e.status in (401, 402, 403, 404):
                         raise
                     error = str(e)
                 with lock:
                     file.write(json.dumps({"key": key, "id": call["id"], "judge": args.judge, "url": args.judge_url,
-                                           "reply": reply, "error": error, "tokens": tokens, "time": now()}) + "\n")
+                                           "reply": reply, "error": error, "tokens": tokens,
+                                           "time": time.strftime(DATE)}) + "\n")
                     file.flush()
                     counts["asked"] += reply is not None
                     counts["failed"] += reply is None
                     counts["judge_tokens"] += tokens or 0
-                    failing[0] = 0 if reply is not None else failing[0] + 1
+                    failing[:] = (0, failing[1]) if reply is not None else (failing[0] + 1, error)
                     if failing[0] >= 20:
                         raise ValueError(f"20 requests in a row failed; stopped, nothing is lost. The last: {error}")
             if reply is None:
                 return None                                 # a game is judged by whole replies or not at all
             said.append(reply)
-            if last or re.search(r"\[\[[AB<>=]+\]\]", reply):
-                break
-            messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": follow_up}]
+            messages = further(messages, reply)
         return parse("\n".join(said))
     verdicts = {}
     bar = tqdm(total=len(calls), unit="verdict", desc=f"judge {args.judge}", dynamic_ncols=True)
-    with file:
+    with open(folder / "verdicts-0.jsonl", "a") as file:
         for call, verdict in online_dpo.in_parallel(ask, calls, args.concurrency):
             verdicts[call["id"]] = verdict
             bar.update()
     bar.close()
+    if counts["failed"] and len(todo) == len(calls) and not counts["asked"]:
+        raise ValueError(f"all {counts['failed']} requests failed; nothing is scored. The last: {failing[1]}")
     counts |= {"calls": len(calls), "unparsed": sum(v is None for v in verdicts.values())}
     if counts["unparsed"]:
         print(f"{counts['unparsed']} of {len(calls)} verdicts are unparsed ({counts['failed']} requests failed, which "
-              "the same command asks again); they count as neither win nor loss", file=sys.stderr)
+              "the same command asks again" + f"; the last: {failing[1]}" * bool(failing[1]) + "); they count as "
+              "neither win nor loss", file=sys.stderr)
     return verdicts, counts
 
 
@@ -404,35 +434,57 @@ def dry_run(args, calls, todo, follow_up) -> dict:
             "tokens_out_at_most": tokens_out, "cost_at_most": cost}
 
 
-def now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
 def finish(args, folder: Path, result: dict) -> dict:
     """result.json: the score with all that decides it."""
     import transformers
     versions = {"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (torch, transformers, np)}
     result = {"command": args.command, "judge": getattr(args, "judge", None), "temperature": getattr(
-        args, "judge_temperature", None), **result, "date": now(), "git": sft.git_commit(), "versions": versions,
-        "flags": vars(args), "output": str(folder)}
+        args, "judge_temperature", None), **result, "date": time.strftime(DATE), "git": sft.git_commit(),
+        "versions": versions, "flags": vars(args), "output": str(folder)}
     folder.mkdir(parents=True, exist_ok=True)
     sft.write_json(folder / "result.json", result)
     return result
 
 
-def output_folder(args, name: str) -> Path:
-    """--output, else MODEL/evaluate/NAME for a folder, runs/evaluate/MODEL/NAME for any other name."""
-    model = args.model or Path(args.answers).name.split(".jsonl")[0]
-    local = Path(model) / "evaluate" if Path(model).is_dir() else Path("runs/evaluate") / model.replace("/", "--")
-    return Path(args.output) if args.output else local / name
+def folders(args) -> tuple[Path, Path]:
+    """Where answers and verdicts are kept, and where the result goes. Both are --output; else the first is
+    MODEL/evaluate/COMMAND, runs/evaluate/MODEL/COMMAND where MODEL is no folder here, runs/evaluate/COMMAND for several
+    models: whatever was paid serves any --limit, --judge and --parse. The second has those in its name."""
+    if args.output:
+        return Path(args.output), Path(args.output)
+    have, variant = lambda f: getattr(args, f, None), getattr(args, "variant", None)
+    several = have("runs") or [m for m in (have("before"), have("after")) if m]
+    model = "" if several else args.model or Path(args.answers).name.split(".jsonl")[0]
+    here = model and Path(model).is_dir()
+    base = Path(model, "evaluate") if here else Path("runs/evaluate", model.replace("/", "--"))
+    work = base / (args.command + "-star" * (variant == "star"))
+    usual = {"judge": VARIANTS[variant]["judge"] if variant else DEFAULTS.get(args.command, {}).get("judge"),
+             "annotator": ANNOTATOR, "parse": "2024", "limit": None}
+    what = "+".join([name_of(m) for m in several] + [f"{f}-{name_of(str(have(f)))}" for f, value in usual.items()
+                                                     if have(f) not in (None, value)])
+    return work, work.with_name("-".join(filter(None, [work.name, what[:180], digest(what)[:8] * (len(what) > 180)])))
+
+
+@contextlib.contextmanager
+def alone(folder: Path):
+    """One process at a time: two would sample and pay twice."""
+    import fcntl
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--output {folder}: another process is at work in this folder; wait for it, or name "
+                             "another") from None
+        yield
 
 
 # --------------------------------------------------------------------------------------- the benchmarks
 def arena_hard(args) -> dict:
     """Arena-Hard-Auto v0.1, or the paper's Arena-Hard-Auto*: two swapped games a question against the baseline."""
     star, chosen = args.variant == "star", VARIANTS[args.variant]
+    (folder, out), questions = folders(args), read_questions(args)
     args.judge, args.baseline = args.judge or chosen["judge"], args.baseline or chosen["baseline"]
-    folder, questions = output_folder(args, "arena-hard" + "-star" * star), read_questions(args)
     where, template = read_rows(args.templates, "--templates")[0]
     system, texts = template.get("system_prompt"), template.get("prompt_template")
     texts = [texts] if isinstance(texts, str) else texts
@@ -441,7 +493,7 @@ def arena_hard(args) -> dict:
                          "judge_config.yaml")
     baseline = read_answers(args.baseline_answers or f"{ARENA}model_answer/{args.baseline}.jsonl", "--baseline-answers",
                             questions)
-    answers = candidate_answers(args, folder, questions)
+    answers, told = candidate_answers(args, folder, questions)
     calls = []
     for q in questions:
         for game in (1, 2):                                 # 1: A is the baseline; 2: A is the candidate
@@ -456,17 +508,17 @@ def arena_hard(args) -> dict:
                                  FINISH if args.parse == "2024" else None)
     if args.dry_run:
         return counts
-    sft.write_rows(folder / "games.jsonl", [{"id": c["id"], "verdict": verdicts[c["id"]]} for c in calls])
+    out.mkdir(parents=True, exist_ok=True)
+    sft.write_rows(out / "games.jsonl", [{"id": c["id"], "verdict": verdicts[c["id"]]} for c in calls])
     battles = arena_battles([(verdicts[c["id"]], int(c["id"][-1])) for c in calls])
     score, low, high = (None if v is None else 100 * v for v in (
         win_rate(battles), *bootstrap(battles, args.bootstrap, args.seed)))
-    told = "no battle" if score is None else f"{score:.1f} ({low:.1f} .. {high:.1f})"
-    print(f"Arena-Hard ({args.variant}): {told}", file=sys.stderr)
-    return finish(args, folder, {
+    shown = "no battle" if score is None else f"{score:.1f} ({low:.1f} .. {high:.1f})"
+    print(f"Arena-Hard ({args.variant}): {shown}", file=sys.stderr)
+    return finish(args, out, {
         "benchmark": "arena-hard-auto-v0.1" + "*" * star, "model": args.model or args.answers,
         "baseline": args.baseline, "parse": args.parse, "template": digest([system, texts[0]]), "score": score,
-        "low": low, "high": high,
-        "battles": len(battles), "questions": len(questions), "empty_answers": empty(answers), **counts})
+        "low": low, "high": high, "battles": len(battles), "questions": len(questions), **told, **counts})
 
 
 def call(name: str, system: str, text: str, extra: int) -> dict:
@@ -475,22 +527,23 @@ def call(name: str, system: str, text: str, extra: int) -> dict:
                                                      {"role": "user", "content": text}]}
 
 
-def empty(answers: dict[str, list[str]]) -> int:
-    return sum(not text.strip() for turns in answers.values() for text in turns)
-
-
 def mt_bench(args) -> dict:
     """MT-Bench: two turns, each graded alone on 1 to 10, against a reference where --references has one."""
-    folder, questions = output_folder(args, "mt-bench"), read_questions(args)
-    templates = {r["name"]: r for _, r in read_rows(args.templates, "--templates") if "name" in r}
+    (folder, out), questions = folders(args), read_questions(args)
+    templates = {r["name"]: r for _, r in read_rows(args.templates, "--templates") if {
+        "name", "system_prompt", "prompt_template"} <= set(r)}
     used = ["single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn"]
     missing = [n for n in used if n not in templates]
     if missing:
-        raise ValueError(f"--templates {args.templates}: no template {', '.join(missing)}; MT-Bench's "
-                         "judge_prompts.jsonl has them")
+        raise ValueError(f"--templates {args.templates}: no template {', '.join(missing)} with system_prompt and "
+                         "prompt_template; MT-Bench's judge_prompts.jsonl has them")
     there = {str(r.get("question_id")) for _, r in read_rows(args.references, "--references")}
     references = read_answers(args.references, "--references", [q for q in questions if q["id"] in there])
-    answers = candidate_answers(args, folder, questions, lambda q: MT_TEMPERATURE.get(q["category"], 0.7))
+    bare = [q["id"] for q in questions if q["category"] in ("math", "reasoning", "coding") and q["id"] not in there]
+    if bare:
+        raise ValueError(f"--references {args.references}: no reference to question {', '.join(bare[:9])}; MT-Bench "
+                         "grades math, reasoning and coding against one, and easier without")
+    answers, told = candidate_answers(args, folder, questions, lambda q: MT_TEMPERATURE.get(q["category"], 0.7))
     ids = {q["id"]: [f"{q['id']}/{t + 1}" for t in range(len(q["turns"]))] for q in questions}
     calls = []
     for q in questions:
@@ -505,7 +558,8 @@ def mt_bench(args) -> dict:
     ratings, counts = ask_judge(args, folder, calls, mt_rating)
     if args.dry_run:
         return counts
-    sft.write_rows(folder / "ratings.jsonl", [{"id": c["id"], "rating": ratings[c["id"]]} for c in calls])
+    out.mkdir(parents=True, exist_ok=True)
+    sft.write_rows(out / "ratings.jsonl", [{"id": c["id"], "rating": ratings[c["id"]]} for c in calls])
 
     def mean(names):
         given = [ratings[n] for n in names if ratings[n] is not None]
@@ -515,12 +569,12 @@ def mt_bench(args) -> dict:
     turns = {f"turn {t + 1}": mean([x[t] for x in ids.values() if t < len(x)])
              for t in range(max(map(len, ids.values())))}
     low, high = bootstrap([m for m in map(mean, ids.values()) if m is not None], args.bootstrap, args.seed)
-    plot_bars(folder / "mt-bench.png", categories | turns | {"overall": mean(ratings)}, "MT-Bench rating (1 to 10)", 10)
-    return finish(args, folder, {
+    plot_bars(out / "mt-bench.png", categories | turns | {"overall": mean(ratings)}, "MT-Bench rating (1 to 10)", 10)
+    return finish(args, out, {
         "benchmark": "mt-bench", "model": args.model or args.answers, "baseline": None, "parse": "mt-bench",
         "template": digest([[templates[n]["system_prompt"], templates[n]["prompt_template"]] for n in used]),
         "score": mean(ratings), "low": low, "high": high, "categories": categories, "turns": turns,
-        "questions": len(questions), "with_reference": len(references), "empty_answers": empty(answers),
+        "questions": len(questions), "with_reference": len(references), **told,
         "out_of_scale": sum(r is not None and not 1 <= r <= 10 for r in ratings.values()), **counts})
 
 
@@ -553,17 +607,18 @@ def judge(args) -> dict:
     names = [name_of(r) for r in args.runs]
     if len(set(names)) < max(2, len(names)):
         raise ValueError(f"RUNS {' '.join(args.runs)}: two or more different ones are needed")
-    folder, log = Path(args.output or "runs/evaluate/judge"), lambda *a: print(*a, file=sys.stderr)
+    (folder, out), log = folders(args), lambda *a: print(*a, file=sys.stderr)
     rank, _, device = sft.init_distributed()
-    first = dpo.argparse_with(args, model=args.runs[0])
+    here = [r for r in args.runs if Path(r).is_dir()]       # of a server's models some may be names alone
+    first = dpo.argparse_with(args, model=(here or args.runs)[0])
     tokenizer, template = sft.load_tokenizer(first)
     rows, key = online_dpo.read_prompts(first, tokenizer, template, rank, log)
     rows = rows[:args.limit]
     asked = [{"messages": r["prompt"], "temperature": args.temperature} for r in rows]
-    said = {n: sample_answers(dpo.argparse_with(args, model=m), folder / n, asked) for n, m in zip(names, args.runs)}
-    extra = 2 * args.max_new_tokens if None in said.values() else 0
-    if extra:                                               # --dry-run before there are answers
-        said = {n: [f"answer of {n} to come"] * len(rows) for n in names}
+    made = {n: sample_answers(dpo.argparse_with(args, model=m), folder / n, asked) for n, m in zip(names, args.runs)}
+    extra = 2 * args.max_new_tokens if None in made.values() else 0         # --dry-run before there are answers
+    said = {n: [f"answer of {n} to come"] * len(rows) if extra else [r["text"] for r in made[n]] for n in names}
+    cut = {n: sum(not r["finished"] for r in made[n] or ()) for n in names}
     duels = [(a, b) for i, a in enumerate(names) for b in names[i + 1:]]
     made, counts = llm_outcomes(args, folder, rows, said, duels, extra) if args.judge.startswith("llm:") else \
         scored_outcomes(args, rows, said, duels, device)
@@ -578,12 +633,13 @@ def judge(args) -> dict:
             "equal": sum(x.strip() == y.strip() for x, y in zip(said[a], said[b]))}
         log(f"{b} over {a}: " + ("no verdict" if not wins else f"{rate['win_rate']:.1%} ({low:.1%} .. {high:.1%}) of "
                                  f"{len(wins)} prompts, {rate['equal']} answers equal"))
-    return finish(args, folder, {"models": args.runs, "baseline": None, "data": key, "win_rates": rates, **counts})
+    return finish(args, out, {"models": args.runs, "baseline": None, "data": key, "win_rates": rates,
+                              "truncated_answers": cut, **counts})
 
 
 def llm_outcomes(args, folder, rows, said, duels, extra: int) -> tuple[dict, dict]:
     """(a, b) -> of each prompt, how far b beats a in 0..1: mean of both orders' verdicts; a half for equal answers;
-    None where neither order has a verdict."""
+    None where an order has no verdict: one seat alone would count what the judge likes about it."""
     text = fetch(args.judge_template, "--judge-template").read_text()
     differ = lambda a, b, n: said[a][n].strip() != said[b][n].strip()
     calls = []
@@ -604,25 +660,25 @@ def llm_outcomes(args, folder, rows, said, duels, extra: int) -> tuple[dict, dic
     def b_wins(a, b, n):
         if not differ(a, b, n):
             return 0.5
-        seen = [verdicts[f"{b} {a} {rows[n]['key']}"], verdicts[f"{a} {b} {rows[n]['key']}"]]
-        seen = [v for v in (seen[0], None if seen[1] is None else 1 - seen[1]) if v is not None]
-        return sum(seen) / len(seen) if seen else None
+        second, first = (verdicts[f"{x} {y} {rows[n]['key']}"] for x, y in ((a, b), (b, a)))
+        return None if None in (second, first) else (first + 1 - second) / 2
     return {(a, b): [b_wins(a, b, n) for n in range(len(rows))] for a, b in duels}, counts | {
         "parse": "last [[..]]", "template": digest(text)}
 
 
 def scored_outcomes(args, rows, said, duels, device) -> tuple[dict, dict]:
-    """(a, b) -> of each prompt 1, 1/2 or 0: b's score above, equal to, below a's. A Python judge sees both orders, and
-    what it likes in one only is a half; PairRM's scores are of both orders by themselves, a reward model's of none."""
+    """(a, b) -> of each prompt, how far b beats a in 0..1: 1, 1/2 or 0 for a score above, equal to, below a's, the mean
+    of both orders for a Python judge; PairRM's scores are of both by themselves, a reward model's of none."""
+    orders = 1 + args.judge.startswith("python:")
     scorer, out = online_dpo.load_judge(dpo.argparse_with(args, samples=2), device), {}
     for a, b in duels:
         gap = np.zeros(len(rows))
         differ = [n for n in range(len(rows)) if said[a][n].strip() != said[b][n].strip()]
-        for one, two in ((a, b), (b, a))[:1 + args.judge.startswith("python:")] if differ else ():
+        for one, two in ((a, b), (b, a))[:orders] if differ else ():
             asked = [rows[n] | {"answers": [{"text": said[x][n]} for x in (one, two)]} for n in differ]
             scores = online_dpo.score_responses(scorer, asked, args.judge)                  # (len(differ), 2)
             gap[differ] += np.sign(scores[:, 1] - scores[:, 0]) * (1 if one == a else -1)
-        out[a, b] = ((1 + np.sign(gap)) / 2).tolist()
+        out[a, b] = ((1 + gap / orders) / 2).tolist()
     return out, {"unparsed": 0, "parse": None, "template": None}
 
 
@@ -673,7 +729,7 @@ def margins(args) -> dict:
     (before, after), key = pair_margins(args, [args.before, args.after])
     if torch.distributed.get_rank():
         return {}
-    folder = Path(args.output or "runs/evaluate/margins")
+    folder = folders(args)[1]
     plot, s = Path(args.plot or folder / "margins.png"), margin_summary(before, after)
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"before": b, "after": a} for b, a in zip(before.tolist(), after.tolist())]
@@ -707,6 +763,8 @@ def read_run(folder: str) -> dict:
             f"; run python {Path(folder).name.replace('-', '_')}.py first" if folder in STAGES else ""))
     last = Path(folder) / Path(run["result"].get("output", folder)).name
     last = last if run["stage"] == "online-dpo" and last.is_dir() else Path(folder)
+    if last != Path(folder) and (last / "run.json").is_file():      # "cumulative" is in the last training's
+        run["result"] = json.loads((last / "run.json").read_text())["result"] | run["result"]
     rows = [r for _, r in data.read_lines(str(last / "samples.jsonl"))] if (last / "samples.jsonl").is_file() else []
     return run | {"name": name_of(folder), "folder": last, "size": run["result"].get("pairs") or run.get("rows"),
                   "samples": rows, "right": {json.dumps(r["prompt"]): float(r["correct"]) for r in rows}}
@@ -725,7 +783,7 @@ def score_of(run: dict, name: str, flag: str) -> dict:
     path = run["folder"] / "evaluate" / name / "result.json"
     if path.is_file():
         return {k: json.loads(path.read_text()).get(k) for k in ("score", "low", "high")}
-    low, high = bootstrap(list(run["right"].values())) if name == "exact_match" else (None, None)
+    low, high = bootstrap([float(r["correct"]) for r in run["samples"]]) if name == "exact_match" else (None, None)
     return {"score": run["result"][name], "low": low, "high": high}
 
 
@@ -781,7 +839,7 @@ def curve(args) -> dict:
         points.sort(key=lambda p: p["x"])
         x, y = (np.array([p[k] for p in points], dtype=np.float64) for k in ("x", "score"))
         error = [[p["score"] - p["low"], p["high"] - p["score"]] if p["low"] is not None else [0, 0] for p in points]
-        ax.errorbar(x, y, np.array(error).T, fmt="o", ms=5, color=colours[i % 7], elinewidth=0.5, capsize=2,
+        ax.errorbar(x, y, np.array(error).T.clip(0), fmt="o", ms=5, color=colours[i % 7], elinewidth=0.5, capsize=2,
                     label=f"{size:,} {noun}")
         line = lines[str(size)] = {"points": points}
         if len(set(x.tolist())) < 3:
@@ -870,7 +928,7 @@ def openllm(args) -> dict:
     lm_eval, _ = (needs(package, '"lm-eval[hf]==0.4.13"') for package in ("lm_eval", "accelerate"))
     from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
-    folder, wanted, tasks = output_folder(args, "openllm"), {}, {}
+    (folder, out), wanted, tasks = folders(args), {}, {}
     for text in args.tasks or [f"{t}:{shots}:{metric}" for t, (shots, metric) in OPENLLM.items()]:
         name, shots, metric = (text.split(":") + ["", ""])[:3]
         if shots and not shots.isdigit():
@@ -880,7 +938,7 @@ def openllm(args) -> dict:
     settings = f"pretrained={args.model},dtype={dtype}" + (f",{args.model_args}" if args.model_args else "")
     model = get_model(args.engine).create_from_arg_string(settings, {} if args.engine == "vllm" else {
         "batch_size": args.batch_size, "device": "cuda" if torch.cuda.is_available() else "cpu"})
-    decides = [dpo.weights_hash(args.model), settings, args.engine, args.limit, args.apply_chat_template,
+    decides = [model_key(args), settings, args.engine, args.limit, args.apply_chat_template,
                lm_eval.__version__]
     folder.mkdir(parents=True, exist_ok=True)
     online_dpo.cut_torn_lines(folder, "tasks-*.jsonl")
@@ -907,7 +965,7 @@ def openllm(args) -> dict:
         print(f"{name} ({shots} shots, {metric}): {tasks[name]['score']:.2f}", file=sys.stderr)
     if len(tasks) < len(wanted):
         return {}
-    return finish(args, folder, {
+    return finish(args, out, {
         "benchmark": "openllm" if args.tasks else "openllm-v1", "model": args.model, "tasks": tasks,
         "score": float(np.mean([t["score"] for t in tasks.values()])), "low": None, "high": None,
         "chat_template": args.apply_chat_template, "limit": args.limit, "lm_eval": lm_eval.__version__})
@@ -916,34 +974,47 @@ def openllm(args) -> dict:
 def alpaca_eval(args) -> dict:
     """AlpacaEval-2: outputs in its own format, then the alpaca_eval package annotates and computes win rates."""
     package = needs("alpaca_eval", 'alpaca_eval==0.6.6 "setuptools<81"')
-    folder, questions = output_folder(args, "alpaca-eval"), read_questions(args)
-    answers = candidate_answers(args, folder, questions, lambda q: args.temperature)
+    import openai
+    (folder, out), questions, controlled = folders(args), read_questions(args), args.length_controlled
+    if controlled and args.questions != ALPACA:             # the package joins its difficulties by the row's number
+        known = [r.get("instruction") for _, r in read_rows(ALPACA, "--length-controlled")]
+        if [q["turns"][0] for q in questions] != known[:len(questions)]:
+            raise ValueError(f"--length-controlled: the instructions of --questions {args.questions} are not "
+                             "AlpacaEval's in their order, which its length control is fitted on; "
+                             "--no-length-controlled does without")
+    answers, told = candidate_answers(args, folder, questions, lambda q: args.temperature)
     name = (args.model or Path(args.answers).name).rstrip("/").replace("/", "--")
     outputs = [{"instruction": q["turns"][0], "output": answers[q["id"]][0], "generator": name,
                 "dataset": q["category"]} for q in questions]
-    folder.mkdir(parents=True, exist_ok=True)
-    sft.write_json(folder / "outputs.json", outputs)
+    out.mkdir(parents=True, exist_ok=True)
+    sft.write_json(out / "outputs.json", outputs)
     given, wanted = args.reference_outputs or args.questions, {o["instruction"] for o in outputs}
-    reference = [r for _, r in read_rows(given, "--reference-outputs") if r["instruction"] in wanted]
+    reference = [r for _, r in read_rows(given, "--reference-outputs") if r.get("instruction") in wanted]
     same = [r["instruction"] for r in reference] == [o["instruction"] for o in outputs]
     if not same or any("output" not in r for r in reference):
         raise ValueError(f"--reference-outputs {given}: needs one output to each instruction of --questions, in order")
-    if args.judge_url:
-        os.environ["OPENAI_BASE_URL"] = args.judge_url      # the way its OpenAI client takes an endpoint
-    controlled = args.length_controlled
-    board, annotations = package.evaluate(
-        model_outputs=outputs, reference_outputs=reference, annotators_config=args.annotator, name=name,
-        output_path=str(folder), caching_path=str(folder / "annotations-cache.json"), is_return_instead_of_print=True,
-        precomputed_leaderboard=None, is_cache_leaderboard=False,
-        fn_metric="get_length_controlled_winrate" if controlled else "get_winrate",
-        metric_kwargs={"save_weights_dir": None} if controlled else {},
-        sort_by="length_controlled_winrate" if controlled else "win_rate")
+    os.environ["OPENAI_BASE_URL"] = args.judge_url          # the way its OpenAI client takes an endpoint
+    try:
+        board, annotations = package.evaluate(
+            model_outputs=outputs, reference_outputs=reference, annotators_config=args.annotator, name=name,
+            output_path=str(out), caching_path=str(folder / "annotations-cache.json"),
+            is_return_instead_of_print=True, precomputed_leaderboard=None, is_cache_leaderboard=False,
+            fn_metric="get_length_controlled_winrate" if controlled else "get_winrate",
+            metric_kwargs={"save_weights_dir": None} if controlled else {},
+            sort_by="length_controlled_winrate" if controlled else "win_rate",
+            annotation_kwargs={"chunksize": args.concurrency, "num_procs": args.concurrency,     # a chunk is kept whole
+                               "client_kwargs": {"timeout": args.timeout, "max_retries": args.retries}})
+    except openai.OpenAIError as error:
+        why = str(error).replace(os.environ.get("OPENAI_API_KEY") or "\0", "[key]")[:300]
+        raise ValueError(f"--base-url {args.judge_url}: {type(error).__name__}: {why}; all but the last --concurrency "
+                         f"{args.concurrency} annotations are on disk. Check the URL (it ends in /v1), the annotator's "
+                         "model and OPENAI_API_KEY, and run the same command again") from None
     row = {k: v.item() if hasattr(v, "item") else v for k, v in board.loc[name].to_dict().items()}
     import importlib.metadata
-    return finish(args, folder, {
+    return finish(args, out, {
         "benchmark": "alpaca-eval-2", "model": args.model or args.answers, "judge": args.annotator,
         "parse": args.annotator, "baseline": reference[0].get("generator"), "template": args.annotator,
-        "questions": len(questions),
+        "questions": len(questions), **told,
         "unparsed": sum(a.get("preference") is None or a["preference"] != a["preference"] for a in annotations),
         "score": row.get("length_controlled_winrate", row["win_rate"]), "low": None, "high": None,
         "win_rate": row["win_rate"], "length_controlled_win_rate": row.get("length_controlled_winrate"),
@@ -959,7 +1030,7 @@ def parser() -> argparse.ArgumentParser:
     def command(run, *groups, **defaults):
         c = commands.add_parser(run.__name__.replace("_", "-"), help=run.__doc__.splitlines()[0],
                                 description=run.__doc__, allow_abbrev=False)
-        c.set_defaults(run=run, **defaults)
+        c.set_defaults(run=run, **DEFAULTS.get(run.__name__.replace("_", "-"), {}), **defaults)
         for group in groups:
             group(c.add_argument)
         return c.add_argument
@@ -983,7 +1054,7 @@ def parser() -> argparse.ArgumentParser:
     add("--questions", help="instructions, with the baseline's outputs; None: the benchmark's Hub data")
     add("--reference-outputs", help="the baseline's outputs, FILE or hf:..; None: those of --questions")
     add("--temperature", type=float, default=0.0, help="of the answers; 0: greedy")
-    add("--annotator", default="weighted_alpaca_eval_gpt4_turbo", help="a config of the package, by name or folder")
+    add("--annotator", default=ANNOTATOR, help="a config of the package, by name or folder")
     add("--length-controlled", action=argparse.BooleanOptionalAction, default=True, help="needs the Hub's data")
 
     add = command(openllm)
@@ -1000,18 +1071,19 @@ def parser() -> argparse.ArgumentParser:
     add("--output", help="folder; None: MODEL/evaluate/openllm")
 
     add = command(judge, sampling_flags, judge_flags, data_flags, empty_system=0.0)
-    add("runs", nargs="+", metavar="RUNS", help="folders or Hub ids")
+    add("runs", nargs="+", metavar="RUNS", help="folders or Hub ids; with --engine server its names, the first folder "
+        "among them giving the tokenizer that counts prompts")
     add("--data", default=["demo:test"], **data_set)
     add("--temperature", type=float, default=0.0, help="of the answers; 0: greedy")
     add("--judge-template", help="llm judge: a file with {prompt}, {answer_a}, {answer_b}: [[A]], [[B]], [[C]]")
     add("--judge-tokens", type=int, default=16384, help="tokens a judge's batch, with padding")
     add("--bootstrap", type=int, default=1000, help="resamples of the interval")
-    add("--output", help="folder; None: runs/evaluate/judge")
+    add("--output", help="folder; None: runs/evaluate/judge-RUNS")
 
     add = command(margins, data_flags, pair_flags)
     add("before", metavar="BEFORE", help="folder or Hub id")
     add("after", metavar="AFTER", help="folder or Hub id")
-    add("--output", help="folder; None: runs/evaluate/margins")
+    add("--output", help="folder; None: runs/evaluate/margins-BEFORE+AFTER")
     add("--plot", help="picture; None: margins.png in the folder")
     add("--data", default=["demo-pairs:test"], **data_set)
 
@@ -1042,7 +1114,8 @@ def model_flags(add):
 
 def sampling_flags(add):
     add("--engine", choices=["hf", "vllm", "server"], default="hf", help="how answers are sampled")
-    add("--server-url", metavar="URL", help="server engine: an OpenAI-compatible endpoint, http://HOST:PORT/v1")
+    add("--server-url", metavar="URL", help="server engine: an OpenAI-compatible endpoint, http://HOST:PORT/v1; "
+        "its key comes from SERVER_API_KEY")
     add("--served-model", help="server engine: the model's name there; None: MODEL")
     add("--batching", choices=["padded", "continuous"], help="hf engine; None: continuous on CUDA, padded on a CPU")
     add("--sampling-rows", type=int, default=64, help="hf engine: answers in work at once")
@@ -1120,15 +1193,19 @@ def check_flags(args) -> list[str]:
             why.append(f"--judge-template: --judge {args.judge} needs one, with {{prompt}}, {{answer_a}}, {{answer_b}}")
         if kind != "llm" and args.dry_run:
             why.append(f"--dry-run: --judge {args.judge} costs nothing; it is for llm judges")
-    if hasattr(args, "price") and not (args.judge_url or args.dry_run or args.command == "judge" and kind != "llm"):
-        why.append("--base-url: needed, the judge's endpoint (https://api.openai.com/v1); --dry-run counts without one")
+        if args.engine == "server" and args.served_model:
+            why.append(f"--served-model {args.served_model}: RUNS would all be that one model; leave it out, RUNS are "
+                       "the server's names")
+    if hasattr(args, "judge_url") and not (args.judge_url or args.dry_run or args.command == "judge" and kind != "llm"):
+        why.append("--base-url: needed, the judge's endpoint (https://api.openai.com/v1); " +
+                   "--dry-run counts without one" * hasattr(args, "price"))
     for flag, url in (("--base-url", have("judge_url")), ("--server-url", have("server_url"))):
         parts = urllib.parse.urlsplit(url or "http://x")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             why.append(f"{flag} {url}: not an http(s) URL")
         elif parts.username or parts.password or parts.query:
             why.append(f"{flag}: must hold no user, password or query, which would be written to disk; a key goes into "
-                       "OPENAI_API_KEY")
+                       + ("OPENAI_API_KEY" if flag == "--base-url" else "SERVER_API_KEY"))
     if args.command in ("arena-hard", "mt-bench", "alpaca-eval", "judge") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         why.append(f"{args.command} runs in one process; for several GPUs serve the model and use --engine server")
     if args.command == "arena-hard" and not args.templates:
@@ -1141,15 +1218,14 @@ def main(argv=None) -> dict:
     args = parser().parse_args((sys.argv[1:] if argv is None else list(argv)) or ["stages"])
     if not args.command:
         raise ValueError("COMMAND: needed; python evaluate.py --help lists them")
-    for k, v in DEFAULTS.get(args.command, {}).items():
-        if getattr(args, k) is None:
-            setattr(args, k, v)
     if hasattr(args, "dtype"):
         args.dtype = args.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
     run = args.__dict__.pop("run")
     if why := check_flags(args):
         raise ValueError("\n".join(why))
-    return run(args)
+    first = hasattr(args, "limit") and os.environ.get("RANK", "0") == "0"       # those that sample, judge, score
+    with alone(folders(args)[0]) if first else contextlib.nullcontext():
+        return run(args)
 
 
 if __name__ == "__main__":

@@ -430,11 +430,14 @@ class ChatError(ValueError):
         self.status = status
 
 
-def chat(url: str, payload: dict, args, flag: str) -> tuple[str, bool, int]:
+def chat(url: str, payload: dict, args, flag: str, key_name: str = "OPENAI_API_KEY") -> tuple[str, bool, int]:
     """One chat completion of an OpenAI-compatible endpoint: (text, finished, tokens). Busy (429), failing (5xx),
     silent or garbled servers are asked again with back-off; what still fails raises ChatError. The key comes
-    from OPENAI_API_KEY alone, and is cut out of what a server says."""
-    key = os.environ.get("OPENAI_API_KEY")
+    from the environment's `key_name` alone (a judge's and a policy's server are not each other's business), and is
+    cut out of what a server says."""
+    key = os.environ.get(key_name, "").strip()
+    if not (key.isascii() and key.isprintable()):           # http.client would put it into its error
+        raise ValueError(f"{key_name}: holds a character that no HTTP header can, a line break inside it, say; set it anew")
     head = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     hide = lambda t: t.replace(key, "[key]") if key else t
     for attempt in range(args.retries + 1):
@@ -458,7 +461,7 @@ def chat(url: str, payload: dict, args, flag: str) -> tuple[str, bool, int]:
             status, last = error.code, hide(f"HTTP {error.code}: {said}")[:220]
             if error.code < 500 and error.code not in (408, 409, 425, 429):
                 raise ChatError(f"{flag} {url}: {last}; nothing got so far is lost. Check the model's name, the URL "
-                                "(it ends in /v1) and OPENAI_API_KEY", status) from None
+                                f"(it ends in /v1) and {key_name}", status) from None
             told = error.headers.get("Retry-After", "")
             wait = min(60.0, float(told)) if told.isdecimal() else wait
         except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
@@ -535,7 +538,8 @@ def answers_of(args, policy: str, tokenizer, rows: list[dict], done: set, device
             try:
                 text, finished, tokens = chat(args.base_url, {
                     "model": args.served_model or policy, "messages": prompts[i], "temperature": args.temperature,
-                    "top_p": args.top_p, "max_tokens": args.max_new_tokens, "seed": (seeds[i] + k) % 2 ** 31}, args, flag)
+                    "top_p": args.top_p, "max_tokens": args.max_new_tokens, "seed": (seeds[i] + k) % 2 ** 31}, args, flag,
+                    "SERVER_API_KEY")
             except ChatError as error:
                 if error.status not in (400, 413, 422):
                     raise
@@ -561,7 +565,7 @@ def answers_of(args, policy: str, tokenizer, rows: list[dict], done: set, device
                           'model\'s generation_config.json says "do_sample": true)', file=sys.stderr, flush=True)
         if refused:
             print(f"{flag} {args.base_url}: {len(refused)} of {len(wanted)} requests were refused (HTTP 400, 413 or 422; a prompt too "
-                  "long for the server?); they are recorded as empty, unfinished answers", file=sys.stderr, flush=True)
+                  "long for the server?); they are empty, unfinished answers", file=sys.stderr, flush=True)
         yield from (sft.Answer(i, k, "", [], False) for i, k in refused)
     elif args.engine == "vllm":
         from transformers import GenerationConfig
@@ -618,10 +622,23 @@ def resume_growing(folder: Path, name: str, rank: int) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------ one iteration
+def check_stops(model: str, template) -> None:
+    """Raises where a model's generation config does not stop at the template's end of turn."""
+    from transformers import AutoConfig, GenerationConfig
+    try:
+        stops = sft.stop_tokens(GenerationConfig.from_pretrained(model))
+    except OSError:                                         # no such file: transformers makes one of the config
+        stops = sft.stop_tokens(GenerationConfig.from_model_config(AutoConfig.from_pretrained(model)))
+    if template.end_of_turn_id not in stops:
+        raise ValueError(f"--model {model}: its generation_config.json stops at {sorted(stops, key=str)}, not at the template's "
+                         f"{template.end_of_turn} ({template.end_of_turn_id}), so that every answer would run to --max-new-tokens; "
+                         "add that id to its eos_token_id")
+
+
 def read_prompts(args, tokenizer, template, rank: int, log) -> tuple[list[dict], str]:
     """Distinct prompts of --data that leave room to answer: {"key", "prompt", "answer", "source"}; and a data key.
     What is left out is counted."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
     dataset, key = sft.prepare_rows(args.data, args=args, tokenizer=tokenizer, template=template, rank=rank)
     config = AutoConfig.from_pretrained(args.model)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -643,14 +660,8 @@ def read_prompts(args, tokenizer, template, rank: int, log) -> tuple[list[dict],
     if long:
         log(f"{long} prompts left out: with --max-new-tokens {args.max_new_tokens} they exceed the model's context of "
             f"{context} (first: {first})")
-    try:
-        stops = sft.stop_tokens(GenerationConfig.from_pretrained(args.model))
-    except OSError:                                         # no such file: transformers makes one of the config
-        stops = sft.stop_tokens(GenerationConfig.from_model_config(config))
-    if args.engine != "server" and template.end_of_turn_id not in stops:
-        raise ValueError(f"--model {args.model}: its generation_config.json stops at {sorted(stops, key=str)}, not at the template's "
-                         f"{template.end_of_turn} ({template.end_of_turn_id}), so that every answer would run to --max-new-tokens; "
-                         "add that id to its eos_token_id")
+    if args.engine != "server":
+        check_stops(args.model, template)
     if args.judge.endswith((":exact_answer", ":gsm8k_credit")) and rows and all(r["answer"] is None for r in rows.values()):
         raise ValueError(f"--judge {args.judge}: no row of --data has a reference answer to compare with")
     if not rows:
@@ -894,14 +905,14 @@ def parser():
     add("--engine", choices=["hf", "vllm", "server"], default="hf")
     add("--batching", choices=["padded", "continuous"], help="hf engine; None: continuous on CUDA, padded on a CPU")
     add("--sampling-rows", type=int, default=64, help="answers in work at once on the hf engine")
-    add("--base-url", help="server engine: an OpenAI-compatible endpoint, http://HOST:PORT/v1")
+    add("--base-url", help="server engine: an OpenAI-compatible endpoint, http://HOST:PORT/v1; key: SERVER_API_KEY")
     add("--served-model", help="server engine: the model's name there; None: --model")
     add("--concurrency", type=int, default=16, help="requests at once")
     add("--timeout", type=float, default=600, help="seconds a request may stay silent")
     add("--retries", type=int, default=6, help="further tries of a request, each after twice the wait")
     add = p.add_argument_group("stage 3: judge and pairs").add_argument
     add("--judge", help="pairrm[:MODEL], reward:MODEL, llm:MODEL or python:FILE:FUNCTION")
-    add("--judge-url", help="llm judge: an OpenAI-compatible endpoint")
+    add("--judge-url", help="llm judge: an OpenAI-compatible endpoint; key: OPENAI_API_KEY")
     add("--judge-template", help="llm judge: a file with {prompt}, {answer_a}, {answer_b} that asks for [[A]], [[B]] or [[C]]")
     add("--judge-tokens", type=int, default=16384, help="tokens a judge's batch, with padding")
     add("--truncated-can-win", action="store_true", help="answers cut by --max-new-tokens may be chosen")

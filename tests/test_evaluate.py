@@ -318,6 +318,20 @@ def test_refused_key_or_name_stops_at_once(tmp_path, fast, status):
     assert evaluate.main([*run, "--base-url", good.url])["unparsed"] == 0 and len(good.seen) == 53
 
 
+def test_judge_that_refuses_everything_stops(tmp_path, fast, capfd):
+    """HTTP 400 for each of few requests, and 402 at once: an error with what the server said, no result. Two games that fail
+    among good ones are told with the last error."""
+    run, *_ = arena_files(tmp_path, 6)
+    for status, told in ((400, "all 12 requests failed.*HTTP 400"), (402, "HTTP 402.*OPENAI_API_KEY")):
+        server = Server(lambda p, n: status)
+        with pytest.raises(ValueError, match=told):
+            evaluate.main([*run, "--base-url", server.url])
+        assert not (tmp_path / "out/result.json").exists() and len(server.seen) <= 12
+    server = Server(lambda p, n: 400 if "<question 3>" in p["messages"][1]["content"] else longer_wins(p))
+    assert evaluate.main([*run, "--base-url", server.url])["unparsed"] == 2
+    assert "2 requests failed, which the same command asks again; the last: --base-url http" in capfd.readouterr().err
+
+
 def test_dead_judge_stops_after_twenty_failures(tmp_path, fast):
     run, *_ = arena_files(tmp_path, 40)
     with pytest.raises(ValueError, match="20 requests in a row failed.*refused"):
@@ -360,8 +374,21 @@ def test_dry_run_sends_nothing_and_counts(tmp_path, capsys):
     assert told["calls"] == 12 and told["on_disk"] == 8 and told["cost_at_most"] is None and len(server.seen) == 8
 
 
-def test_key_is_never_written(tmp_path):
-    """The server puts the key it got into its errors: neither disk nor output has it, as a whole process."""
+def test_dry_run_counts_the_second_turn_of_another_parse(tmp_path):
+    """2025 has paid for replies without a label; 2024 asks for those once more, and --dry-run says so."""
+    run, *_ = arena_files(tmp_path, 5)
+    server = Server(lambda p, n: ("hm" if "question 1" in p["messages"][1]["content"] else "[[A=B]]") if len(p["messages"]) == 2 else "[[A>B]]")
+    evaluate.main([*run, "--parse", "2025", "--base-url", server.url])
+    told = evaluate.main([*run, "--dry-run"])
+    assert (told["calls"], told["on_disk"]) == (2, 8) and len(server.seen) == 10
+    assert evaluate.main([*run, "--base-url", server.url])["asked"] == 2
+    assert evaluate.main([*run, "--dry-run"])["calls"] == 0
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_key_is_never_written(tmp_path, end):
+    """The server puts the key it got into its errors: neither disk nor output has it, as a whole process; nor a key that was
+    read with its line's end."""
     run, *_ = arena_files(tmp_path, 6)
     key, heard = "sk-" + "x1y2" * 8, []
 
@@ -378,7 +405,7 @@ def test_key_is_never_written(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *run, "--retries", "0", "--base-url",
                            f"http://127.0.0.1:{server.server_port}/v1"], capture_output=True, text=True,
-                          env={**os.environ, "OPENAI_API_KEY": key})
+                          env={**os.environ, "OPENAI_API_KEY": key + end})
     assert done.returncode == 2 and "HTTP 401: Incorrect key: Bearer [key]" in done.stderr and heard[0] == f"Bearer {key}"
     assert key not in done.stdout + done.stderr
     files = [f for f in tmp_path.rglob("*") if f.is_file()]
@@ -386,14 +413,42 @@ def test_key_is_never_written(tmp_path):
     assert not any(key in f.read_text(errors="replace") for f in files)
 
 
-def test_two_processes_never_judge_into_one_folder(tmp_path):
+def test_two_processes_never_work_in_one_folder(runs, tmp_path):
+    """Not sampling either: the lock is there before the first answer, and gone after an error."""
     import fcntl
     run, *_ = arena_files(tmp_path)
     (tmp_path / "out").mkdir()
-    with open(tmp_path / "out/verdicts-0.jsonl", "a") as other:
+    (tmp_path / "j.py").write_text("def letters(prompt, answers, reference):\n    return [len(a) for a in answers]\n")
+    duel = ["judge", str(runs / "sft"), str(runs / "dpo-20-4"), "--data", "demo:test", "--judge", f"python:{tmp_path}/j.py:letters", "--output",
+            str(tmp_path / "out")]
+    with open(tmp_path / "out/lock", "a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="--output .*another process is judging"):
-            evaluate.main([*run, "--base-url", "http://127.0.0.1:9/v1"])
+        for command in ([*run, "--base-url", "http://127.0.0.1:9/v1"], duel, ["openllm", str(runs / "sft"), "--output", str(tmp_path / "out")]):
+            with pytest.raises(ValueError, match="--output .*another process is at work"):
+                evaluate.main(command)
+    assert not list(tmp_path.rglob("*-0.jsonl"))
+    with pytest.raises(ValueError, match="20 requests in a row") as kept:  # noqa: F841, its frames live on
+        evaluate.main([*run, "--base-url", "http://127.0.0.1:9/v1", "--retries", "0"])
+    server = Server(longer_wins)
+    assert evaluate.main([*run, "--base-url", server.url])["unparsed"] == 0
+
+
+def test_default_folders_share_what_was_paid_and_keep_each_result(tmp_path, monkeypatch):
+    """A part, another judge, another parse: a result each, and no verdict paid twice."""
+    monkeypatch.chdir(tmp_path)
+    run, *_ = arena_files(tmp_path, 6)
+    run, server = [x for i, x in enumerate(run) if "--output" not in (x, run[i - 1]) and "--judge" not in (x, run[i - 1])], Server(longer_wins)
+    asked = [evaluate.main([*run, "--base-url", server.url, *rest])["asked"] for rest in (
+        ["--limit", "2"], [], ["--parse", "2025"], ["--judge", "org/other"], ["--variant", "star"])]
+    assert asked == [4, 8, 0, 12, 12]
+    made = sorted(str(p.parent.relative_to(tmp_path)) for p in tmp_path.rglob("result.json"))
+    assert made == [f"runs/evaluate/mine/arena-hard{x}" for x in ("", "-judge-org--other", "-limit-2", "-parse-2025", "-star")]
+    assert all((tmp_path / m / "games.jsonl").is_file() for m in made)
+    names = lambda *argv: [str(f) for f in evaluate.folders(evaluate.parser().parse_args(argv))]
+    assert names("margins", "runs/a", "/x/b")[1] == "runs/evaluate/margins-a+x--b"
+    assert names("judge", "runs/a", "runs/b", "--judge", "pairrm") == ["runs/evaluate/judge", "runs/evaluate/judge-a+b"]
+    long = [names("judge", *(f"runs/{'x' * 40}{i}" for i in range(n)))[1] for n in (9, 10)]
+    assert long[0] != long[1] and max(len(Path(x).name) for x in long) < 220
 
 
 def killed_twice(run, folder, server, moments):
@@ -510,6 +565,15 @@ def test_mt_bench_by_hand(tmp_path):
     assert result["score"] == pytest.approx((48 - 7) / 11) and result["unparsed"] == 1 and result["categories"]["stem"] == pytest.approx(13 / 3)
 
 
+def test_mt_bench_needs_the_references_that_decide(tmp_path):
+    """A math question without its reference would be graded by another template, unnoticed."""
+    run = mt_files(tmp_path)
+    rows = (tmp_path / "reference.jsonl").read_text().splitlines()
+    (tmp_path / "reference.jsonl").write_text(rows[0] + "\n")
+    with pytest.raises(ValueError, match="--references .*reference.jsonl: no reference to question 4;"):
+        evaluate.main([*run, "--base-url", "http://127.0.0.1:9/v1"])
+
+
 def test_mt_bench_killed_twice(tmp_path):
     run = mt_files(tmp_path, 60)
     server = Server(slow(lambda p, n: f"[[{1 + len(last_answer(p)) % 10}]]", 0.02))
@@ -588,6 +652,29 @@ def test_bad_templates_are_named(tmp_path, text, told):
         evaluate.main([*run, "--base-url", "http://127.0.0.1:9/v1"])
 
 
+@pytest.mark.parametrize("flag, name, text, told", [
+    ("--answers", "hf:foo", "", "--answers hf:foo: a file on the Hub is hf:OWNER/NAME/PATH"),
+    ("--questions", "q.jsonl", "", "--questions .*q.jsonl: empty"),
+    ("--questions", "q.json", "[{", "--questions .*q.json: not to be read as json"),
+    ("--questions", "q.jsonl", '{"uid": 1, "turns": [{"role": "user"}]}', "--questions .*q.jsonl:1: no uid"),
+    ("--questions", "q.jsonl", '{"uid": 1, "turns": "x"}', "--questions .*q.jsonl:1: no uid"),
+    ("--templates", "t.yaml", "[]", "--templates .*t.yaml: empty"),
+    ("--templates", "t.yaml", "- a: b", "--templates .*t.yaml.*needs system_prompt"),
+    ("--answers", "a.jsonl", '{"uid": "q0", "messages": [{"content": "x"}]}', "--answers .*a.jsonl:1: .*holds no text")])
+def test_bad_files_are_one_message(tmp_path, flag, name, text, told):
+    run, *_ = arena_files(tmp_path)
+    (tmp_path / name).write_text(text + "\n" * bool(text)) if text or "." in name else None
+    with pytest.raises(ValueError, match=told):
+        evaluate.main([*run, flag, name if name.startswith("hf:") else str(tmp_path / name), "--base-url", "http://127.0.0.1:9/v1"])
+
+
+def test_mt_bench_templates_without_their_fields_are_named(tmp_path):
+    run = mt_files(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text((tmp_path / "prompts.jsonl").read_text().replace('"system_prompt"', '"sytem"', 1))
+    with pytest.raises(ValueError, match="--templates .*no template single-v1 with system_prompt"):
+        evaluate.main([*run, "--base-url", "http://127.0.0.1:9/v1"])
+
+
 def test_templates_with_unknown_placeholders_are_refused(tmp_path):
     run, *_ = arena_files(tmp_path)
     (tmp_path / "template.yaml").write_text(TEMPLATE.replace("{answer_2}", "{answer_7}"))
@@ -635,6 +722,64 @@ def test_arena_hard_samples_and_resumes(runs, tmp_path):
     assert asked("sft", "--dry-run")["calls"] == 0
 
 
+def test_answers_that_a_server_refuses_are_no_losses(tmp_path):
+    """HTTP 400 for one question: the others are kept, the run stops and names it, and the next asks for it alone. An empty
+    answer, or one whose limit went into reasoning, is an answer."""
+    run, *_ = arena_files(tmp_path, 6)
+    run = [x for i, x in enumerate(run) if x != "--answers" and run[i - 1] != "--answers"]
+    cut = b'{"choices": [{"message": {"content": null}, "finish_reason": "length"}], "usage": {"completion_tokens": 9}}'
+    sick = [True]
+    replies = {"question 3": lambda: 400 if sick[0] else "well", "question 4": lambda: "", "question 5": lambda: cut}
+    model, judge = Server(lambda p, n: replies.get(p["messages"][0]["content"], lambda: "fine")()), Server(longer_wins)
+    run = [*run, "me", "--engine", "server", "--server-url", model.url, "--base-url", judge.url]
+    with pytest.raises(ValueError, match="--server-url .*: 1 answers were refused .*question 3"):
+        evaluate.main(run)
+    known = (tmp_path / "out/answers-0.jsonl").read_text().splitlines()
+    assert len(known) == 5 and not judge.seen
+    sick[0], before = False, len(model.seen)
+    result = evaluate.main(run)
+    assert len(model.seen) == before + 1 and result["empty_answers"] == 2 and result["truncated_answers"] == 1
+
+
+@pytest.mark.parametrize("engine", ["hf", "server"])
+def test_answers_hang_on_all_that_makes_them(runs, tmp_path, engine):
+    """Another tokenizer file, template, generation config or weights: sampled anew; another seed, nothing greedy. A server's
+    dtype is its own."""
+    import shutil
+    model, server = tmp_path / "model", Server(lambda p, n: "fine")
+    shutil.copytree(runs / "sft", model)
+    args = evaluate.parser().parse_args(["mt-bench", str(model), "--engine", engine, "--server-url", server.url, "--max-new-tokens", "2"])
+    args.dtype = "fp32"
+    lines = lambda: len((tmp_path / "out/answers-0.jsonl").read_text().splitlines())
+
+    def asked(temperature=0.0):
+        evaluate.sample_answers(args, tmp_path / "out", [{"messages": [{"role": "user", "content": "hi"}], "temperature": temperature}])
+        return lines()
+    assert asked() == 1 == asked()
+    args.seed = 7
+    assert asked() == 1 and asked(0.5) == 2 == asked(0.5)
+    args.seed = 8
+    assert asked(0.5) == 3
+    args.dtype = "bf16"
+    n = 3 if engine == "server" else 4
+    assert asked() == n
+    for file in ("generation_config.json", "tokenizer_config.json"):
+        (model / file).write_text((model / file).read_text() + "\n")
+        n += 1
+        assert asked() == n == asked(), file
+    shutil.copy(runs / "dpo-20-4/model.safetensors", model)
+    assert asked() == n + 1
+
+
+def test_a_model_that_does_not_stop_at_the_end_of_turn_is_named(runs, tmp_path):
+    import shutil
+    shutil.copytree(runs / "sft", tmp_path / "model")
+    config = json.loads((tmp_path / "model/generation_config.json").read_text())
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
+    with pytest.raises(ValueError, match=r"stops at \[5\], not at the template's"):
+        evaluate.main([*mt_files(tmp_path, 3, answers=False), str(tmp_path / "model"), "--base-url", "http://127.0.0.1:9/v1"])
+
+
 def test_mt_bench_samples_two_turns_at_the_categories_temperature(tmp_path):
     """The second turn sees the model's own first answer; writing 0.7, math 0, stem 0.1."""
     run = mt_files(tmp_path, 3, answers=False)
@@ -649,6 +794,13 @@ def test_mt_bench_samples_two_turns_at_the_categories_temperature(tmp_path):
         assert [m["content"] for m in p["messages"]] == [f"first {i}", f"echo first {i} after 1", f"second {i}"]
         assert p["temperature"] == first[f"first {i}"]["temperature"] and p["max_tokens"] == 1024
     assert any("echo second 1 after 3" in p["messages"][1]["content"] for p in judge.seen)
+
+
+def test_each_endpoint_gets_its_own_key(tmp_path, monkeypatch):
+    run, model, judge = mt_files(tmp_path, 3, answers=False), Server(lambda p, n: "fine"), Server(lambda p, n: "[[5]]")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-judge"), monkeypatch.setenv("SERVER_API_KEY", "sk-server")
+    evaluate.main([*run, "--engine", "server", "--server-url", model.url, "me", "--base-url", judge.url])
+    assert model.keys == {"Bearer sk-server"} and judge.keys == {"Bearer sk-judge"}
 
 
 def test_unreachable_answer_server_names_its_own_flag(tmp_path, fast):
@@ -757,12 +909,19 @@ def test_curve_by_hand(tmp_path):
     online = hand_run(tmp_path / "online", [1, 0], "online-dpo", pairs=3)
     with pytest.raises(ValueError, match="--x steps: .*records none"):
         evaluate.main(["curve", *made, online])
+    hand_run(tmp_path / "online/iteration-2", [1, 1], cumulative={"steps": 9, "tokens": 1, "flops": 1}, win=0)
+    (tmp_path / "online/run.json").write_text(json.dumps({"stage": "online-dpo", "flags": {}, "result": {
+        "exact_match": 1.0, "pairs": 77, "output": "runs/x/iteration-2"}}))
+    point, = evaluate.main(["curve", online, "--output", str(tmp_path / "out")])["lines"]["77"]["points"]     # of its last iteration
+    assert (point["x"], point["score"]) == (9, 1)
     with pytest.raises(ValueError, match="--y arena-hard: .*has no such score; it has exact_match, pairs, win"):
         evaluate.main(["curve", *made, "--y", "arena-hard"])
     (Path(made[0]) / "evaluate/arena-hard").mkdir(parents=True)
     (Path(made[0]) / "evaluate/arena-hard/result.json").write_text('{"score": 12.5, "low": 11, "high": 14}')
     one = evaluate.main(["curve", made[0], "--y", "arena-hard", "--output", str(tmp_path / "out")])["lines"]["100"]["points"][0]
     assert (one["score"], one["low"], one["high"]) == (12.5, 11, 14)
+    (Path(made[0]) / "evaluate/arena-hard/result.json").write_text('{"score": 12.5, "low": 13, "high": 14}')
+    evaluate.main(["curve", made[0], "--y", "arena-hard", "--output", str(tmp_path / "out")])       # a score outside its interval
 
 
 def test_report_page(tmp_path):
@@ -792,6 +951,16 @@ def test_judge_runs_by_a_python_judge(runs, tmp_path):
     assert seat["win_rate"] == 0.5 and seat["equal"] == got["equal"]
 
 
+def test_a_python_judge_that_wavers_wins_three_quarters(tmp_path):
+    """b better in one order, tied in the other: 3/4, as with an LLM's verdicts."""
+    from types import SimpleNamespace
+    (tmp_path / "j.py").write_text("def waver(prompt, answers, reference):\n    return [float(answers == ['b', 'a']), 0.0]\n")
+    args = SimpleNamespace(judge=f"python:{tmp_path}/j.py:waver")
+    rows = [{"key": "k", "prompt": [{"role": "user", "content": "q"}], "answer": None}]
+    made = evaluate.scored_outcomes(args, rows, {"a": ["a"], "b": ["b"]}, [("a", "b"), ("b", "a")], torch.device("cpu"))[0]
+    assert made == {("a", "b"): [0.75], ("b", "a"): [0.25]}
+
+
 def test_judge_runs_by_pairrm(pairrm, tmp_path):
     """b wins where C_10 > C_01, both orders in one; equal answers are a half and never asked."""
     from types import SimpleNamespace
@@ -809,7 +978,7 @@ def test_judge_runs_by_pairrm(pairrm, tmp_path):
 
 
 def test_judge_runs_by_an_llm(runs, tmp_path):
-    """Longer wins over HTTP, both orders; replies without a verdict leave a prompt's other order, or the prompt out."""
+    """Longer wins over HTTP, both orders; a reply without a verdict, in either, leaves the prompt out."""
     (tmp_path / "t.txt").write_text("{prompt}\n⟪a⟫{answer_a}⟪/a⟫\n⟪b⟫{answer_b}⟪/b⟫")
     prompts = [{"messages": [{"role": "user", "content": f"p{i}"}, {"role": "assistant", "content": "x"}], "answer": "x"} for i in range(6)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
@@ -830,9 +999,22 @@ def test_judge_runs_by_an_llm(runs, tmp_path):
                             "--server-url", served.url, "--judge", "llm:x", "--judge-template", str(tmp_path / "t.txt"), "--base-url", server.url,
                             "--output", str(tmp_path / "out"), "--cache-dir", str(runs / "cache"), "--max-new-tokens", "8"])
     (name, got), = result["win_rates"].items()
-    # lengths one 1 2 3 4 5 6, two 3 1 3 9 1 9: p0 silent, p1 lost, p2 equal, p3 won (one order), p4 lost, p5 won
-    assert name.endswith("two over " + evaluate.name_of(str(tmp_path / "one"))) and got["prompts"] == 5 and got["equal"] == 1
-    assert got["win_rate"] == pytest.approx((0 + 0.5 + 1 + 0 + 1) / 5) and result["unparsed"] == 3 and len(server.seen) == 10
+    # lengths one 1 2 3 4 5 6, two 3 1 3 9 1 9: p0 silent, p1 lost, p2 equal, p3 in one order alone: left out, p4 lost, p5 won
+    assert name.endswith("two over " + evaluate.name_of(str(tmp_path / "one"))) and got["prompts"] == 4 and got["equal"] == 1
+    assert got["win_rate"] == pytest.approx((0 + 0.5 + 0 + 1) / 4) and result["unparsed"] == 3 and len(server.seen) == 10
+
+
+def test_judge_of_a_servers_models_by_name(runs, tmp_path):
+    """A name without a folder beside a run: the run's tokenizer counts; one served name for all would judge it against itself."""
+    (tmp_path / "j.py").write_text("def letters(prompt, answers, reference):\n    return [len(a) for a in answers]\n")
+    served = Server(lambda p, n: "long answer" if p["model"] == "gpt-4o" else "short")
+    run = ["judge", "gpt-4o", str(runs / "sft"), "--data", "demo:test", "--limit", "3", "--max-new-tokens", "8", "--engine", "server",
+           "--server-url", served.url, "--judge", f"python:{tmp_path}/j.py:letters", "--output", str(tmp_path / "out"), "--cache-dir",
+           str(runs / "cache")]
+    (rate,), = [evaluate.main(run)["win_rates"].values()]
+    assert rate["win_rate"] == 0 and rate["prompts"] == 3
+    with pytest.raises(ValueError, match="--served-model X: RUNS would all be that one model"):
+        evaluate.main([*run, "--served-model", "X"])
 
 
 # ------------------------------------------------------------------------------------ other people's harnesses
@@ -952,6 +1134,49 @@ def test_alpaca_eval_reproduces_given_preferences(tmp_path, monkeypatch):
     evaluate.main(run)                                      # paid once
     assert len(server.seen) == 6
     assert "sk-none" not in "".join(f.read_text() for f in (tmp_path / "out").rglob("*.json*"))
+
+
+def alpaca_files(folder, monkeypatch, n=6):
+    """Flags of alpaca-eval over n local instructions, ours and the baseline's outputs."""
+    pytest.importorskip("alpaca_eval", reason="pip install alpaca_eval==0.6.6 'setuptools<81'", exc_type=ImportError)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
+    monkeypatch.setenv("OPENAI_BASE_URL", "")
+    for name in ("base", "mine"):
+        (folder / f"{name}.json").write_text(json.dumps([{"instruction": f"do {i}", "output": f"{name} {i}", "generator": name, "dataset": "x"}
+                                                         for i in range(n)]))
+    return ["alpaca-eval", "--answers", str(folder / "mine.json"), "--questions", str(folder / "base.json"), "--output", str(folder / "out")]
+
+
+def test_alpaca_eval_needs_an_endpoint_and_its_own_instructions(tmp_path, monkeypatch):
+    """Nothing goes to a default endpoint; length control takes AlpacaEval's instructions in their order alone."""
+    run = alpaca_files(tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="--base-url: needed"):
+        evaluate.main(run)
+    rows = json.loads((tmp_path / "base.json").read_text())
+    (tmp_path / "hub.json").write_text(json.dumps(rows[::-1]))
+    monkeypatch.setattr(evaluate, "ALPACA", str(tmp_path / "hub.json"))
+    with pytest.raises(ValueError, match="--length-controlled: the instructions of --questions .*base.json are not AlpacaEval's"):
+        evaluate.main([*run, "--base-url", "http://127.0.0.1:9/v1"])
+
+
+def test_alpaca_eval_keeps_what_was_paid(tmp_path, monkeypatch):
+    """A request that is refused is one message; the chunks before it are on disk and not asked again. --retries is heard."""
+    run = [*alpaca_files(tmp_path, monkeypatch), "--no-length-controlled", "--concurrency", "2"]
+    broken = Server(lambda p, n: 500)
+    with pytest.raises(ValueError, match=f"--base-url {broken.url}: InternalServerError"):
+        evaluate.main([*run, "--concurrency", "1", "--retries", "1", "--base-url", broken.url])
+    assert len(broken.seen) == 2
+    tops = [{"token": t, "logprob": math.log(v), "bytes": None} for t, v in (("m", 0.8), ("M", 0.2))]
+    good = json.dumps({"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [{
+        "index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "m"}, "logprobs": {"content": [
+            {**tops[0], "top_logprobs": tops}]}}], "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}).encode()
+    sick = [True]
+    server = Server(lambda p, n: 400 if sick[0] and "do 5" in p["messages"][-1]["content"] else good)
+    with pytest.raises(ValueError, match=f"--base-url {server.url}: BadRequestError"):
+        evaluate.main([*run, "--base-url", server.url])
+    sick[0] = False
+    server.seen.clear()
+    assert evaluate.main([*run, "--base-url", server.url])["questions"] == 6 and len(server.seen) == 2
 
 
 def test_alpaca_eval_length_control(tmp_path, monkeypatch):

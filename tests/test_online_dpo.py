@@ -292,12 +292,13 @@ class Server:
     promised), b"raw" or None (it hangs)."""
 
     def __init__(self, reply):
-        self.seen, outer = [], self
+        self.seen, self.keys, outer = [], set(), self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self):
                 payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.seen.append(payload)
+                outer.keys.add(self.headers["Authorization"])
                 made = reply(payload, len(outer.seen))
                 if made is None:
                     time.sleep(3)
@@ -337,6 +338,32 @@ def test_server_that_misbehaves_is_survived(policy, tmp_path, fast):
 def test_a_reply_that_went_into_reasoning_is_empty_and_cut(policy, tmp_path):
     server = Server(lambda p, n: b'{"choices": [{"message": {"content": null}, "finish_reason": "length"}], "usage": null}')
     assert online_dpo.chat(server.url, {}, args_of(policy, tmp_path), "--base-url") == ("", False, 0)
+
+
+@pytest.mark.parametrize("key", ["sk-ab\ncd", "sk-\u2026"])
+def test_a_key_that_no_header_can_hold_is_named_not_shown(policy, tmp_path, monkeypatch, key):
+    server = Server(lambda p, n: "fine")
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY: holds a character") as error:
+        online_dpo.chat(server.url, {}, args_of(policy, tmp_path), "--judge-url")
+    assert not server.seen and "sk-" not in str(error.value)
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-ab\n")         # as from a file
+    assert online_dpo.chat(server.url, {}, args_of(policy, tmp_path), "--judge-url")[0] == "fine" and server.keys == {"Bearer sk-ab"}
+
+
+def test_each_endpoint_gets_its_own_key(policy, tmp_path, monkeypatch):
+    """The policy's server hears SERVER_API_KEY, the judge OPENAI_API_KEY; without the first, the policy's server hears none."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-judge")
+    monkeypatch.setenv("SERVER_API_KEY", "sk-server")
+    (tmp_path / "t.txt").write_text("{prompt}{answer_a}{answer_b}")
+    served, judge = Server(lambda p, n: f"answer {n}"), Server(lambda p, n: "[[A]]")
+    args = args_of(policy, tmp_path, "--engine", "server", "--base-url", served.url, "--judge", "llm:x", "--judge-url", judge.url,
+                   "--judge-template", tmp_path / "t.txt")
+    answers = lambda: list(online_dpo.answers_of(args, "me", None, [row("a", "b", "c")], frozenset(), "cpu", 0))
+    answers(), online_dpo.score_responses(online_dpo.load_judge(args, "cpu"), [row("a", "b", "c")])
+    assert served.keys == {"Bearer sk-server"} and judge.keys == {"Bearer sk-judge"}
+    monkeypatch.delenv("SERVER_API_KEY"), served.keys.clear()
+    assert answers() and served.keys == {None}
 
 
 @pytest.mark.parametrize("reply, told", [(404, "HTTP 404"), (401, "HTTP 401"), (500, "HTTP 500"), (b"garbage", "JSONDecodeError"),
