@@ -27,6 +27,7 @@ import functools
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import multiprocessing
@@ -802,15 +803,16 @@ def convert(parsed: list[Source], pairs: bool, seed: int, folder: Path) -> Conve
 @contextlib.contextmanager
 def work_folder(folder: Path):
     """A folder for half-done work: it outlives a kill, so that the same command goes on, is one process's at a time
-    (others wait), and goes when the work is done or its data is at fault."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")
-        fcntl.lockf(lock, fcntl.LOCK_EX)                     # a record lock: forked workers do not hold it
-        if (folder / "lock").exists() and os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock")):
-            break
-        lock.close()                                         # the one before us finished and removed it
-    with lock:
+    (others wait), and goes when the work is done or its data is at fault. The lock beside it stays: who waits on a
+    file that is removed holds a lock that nobody else sees."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a record lock: forked workers do not hold it
+        except OSError:
+            print(f"another process works in {folder}; waiting for it", file=sys.stderr)
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        folder.mkdir(exist_ok=True)
         try:
             yield folder
         except ValueError:
@@ -1235,10 +1237,11 @@ def near_duplicates(store: Converted, ids, folder: Path, num_proc: int | None = 
 
 
 def write_lines(path: Path, lines) -> None:
-    """Bytes lines into a file that is whole or not there."""
-    with open(f"{path}.writing", "wb") as f:
+    """Bytes lines into a file that is whole or not there; of two writers the last one's."""
+    temporary = f"{path}.{os.getpid()}"
+    with open(temporary, "wb") as f:
         f.writelines(lines)
-    os.replace(f"{path}.writing", path)
+    os.replace(temporary, path)
 
 
 def json_line(row: dict) -> bytes:
@@ -1604,9 +1607,10 @@ def figure(path: Path, panels: list[tuple]) -> None:
                         label=f"{name} (n = {len(x):,})")
         ax.legend()
     fig.tight_layout()
-    fig.savefig(f"{path}.writing", dpi=120, format="png")
+    png = io.BytesIO()
+    fig.savefig(png, dpi=120, format="png")
     pyplot.close(fig)
-    os.replace(f"{path}.writing", path)
+    write_lines(path, [png.getbuffer()])
 
 
 # --------------------------------------------------------------------------------------------- annotation
@@ -1813,7 +1817,8 @@ def parser() -> argparse.ArgumentParser:
         add("--num-proc", type=int, help="processes; None: all cores")
         add("--cache-dir", help="half-done work, prepared rows, scores; None: ~/.cache/lions")
         if output:
-            add("--output", default=f"runs/{name}", help="folder of report.json, rows.jsonl and pictures")
+            folder = f"runs/{name}" + "-METHOD" * (name == "select")
+            add("--output", help=f"folder of report.json, rows.jsonl and pictures; None: {folder}")
         return add
     for name, help in (("show", "rows with the trained tokens marked"),
                        ("stats", "examples and tokens per source, as a table and a picture")):
@@ -1876,6 +1881,8 @@ def main(argv=None) -> dict:
     args.pairs = getattr(args, "pairs", True)
     check_flags(args)
     args.data = args.data or ["demo-pairs" if args.pairs else "demo"]
+    named = f"-{args.method}" if args.command == "select" else ""
+    args.output = getattr(args, "output", None) or f"runs/{args.command}{named}"
     if args.command not in COMMANDS:
         return show_or_stats(args)
     parsed, out = check_sources(args.data), Path(args.output)

@@ -96,6 +96,16 @@ def test_near_does_not_hang_on_hash_seed_or_processes(tmp_path, near_files):
     assert len(seen) == 1
 
 
+def test_an_operator_or_a_sign_makes_another_row(tmp_path):
+    """12 + 30 and 12 - 30, f(x) and f[x]: not near, though their words are the same; a word of 100 changed is."""
+    pytest.importorskip("rensa")
+    made = [("What is 12 + 30 of it?", "a"), ("What is 12 - 30 of it?", "a"), ("f(x) == -1", "b"), ("f[x] != 1", "b"),
+            *((" ".join(["w"] * 3 + [f"w{i}" for i in range(100)] + end), "c") for end in ([], ["end"]))]
+    made, rows = run(tmp_path, "dedup", "--near", "--data", write(tmp_path / "a.jsonl", [
+        {"query": q, "response": a} for q, a in made]))
+    assert [r["row"] for r in rows] == [1, 2, 3, 4, 5]
+
+
 def test_pairs_are_near_in_each_part(tmp_path):
     """A long prompt in common does not make another answer, or another rejected one, a duplicate."""
     pytest.importorskip("rensa")
@@ -129,7 +139,47 @@ def test_work_goes_on_after_a_crash_and_goes_when_done(tmp_path, near_files, mon
         run(tmp_path, *flags)
     assert list((tmp_path / "cache").glob("*.writing"))
     assert run(tmp_path, *flags)[0]["hits"] == 63 and done == [0, 20, 20, 40, 60]
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache").glob("*.writing"))
+
+
+def enter_and_leave(folder: Path, rounds: int):
+    """A process of test_work_folder: its file is alone in the folder, then the folder goes."""
+    for i in range(rounds):
+        with data.work_folder(folder) as work:
+            (work / f"{os.getpid()}-{i}").touch()
+            assert [f.name for f in work.iterdir()] == [f"{os.getpid()}-{i}"]
+
+
+def test_work_folder_is_one_process_at_a_time(tmp_path):
+    """Four processes take turns in a folder that each of them removes."""
+    context = data.multiprocessing.get_context("fork")
+    ran = [context.Process(target=enter_and_leave, args=(tmp_path / "deep/x.writing", 200)) for _ in range(4)]
+    for p in ran:
+        p.start()
+    for p in ran:
+        p.join()
+    assert [p.exitcode for p in ran] == [0] * 4 and not (tmp_path / "deep/x.writing").exists()
+
+
+def write_often(path: Path, text: str):
+    for _ in range(200):
+        data.write_lines(path, [text.encode()] * 100)
+
+
+def test_writers_of_one_file_do_not_mix(tmp_path):
+    context = data.multiprocessing.get_context("fork")
+    ran = [context.Process(target=write_often, args=(tmp_path / "f", text)) for text in ("a" * 999, "b" * 5000)]
+    for p in ran:
+        p.start()
+    while any(p.is_alive() for p in ran):
+        assert not (tmp_path / "f").exists() or len(set((tmp_path / "f").read_text())) == 1
+    assert [p.exitcode for p in ran] == [0, 0] and [f.name for f in tmp_path.iterdir()] == ["f"]
+
+
+def test_each_method_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = data.main(["select", "--method", "random", "--budget", "2", "--data", "demo:test", "--cache-dir", "c"])
+    assert made["output"] == "runs/select-random" and (tmp_path / "runs/select-random/rows.jsonl").exists()
 
 
 # --------------------------------------------------------------------------------------- contamination
@@ -254,6 +304,18 @@ def test_select_says_what_it_cannot_do(tmp_path, capsys):
         run(tmp_path, "select", "--method", "a2", "--budget", 0)
     made, rows = run(tmp_path, "select", "--pairs", "--method", "random", "--budget", 9, "--data", plain)
     assert len(rows) == 2 and "fewer than --budget 9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scores, wrong", [((-14.5, -20), "score_chosen -14.5"), ((9, 0.25), "score_rejected 0.25"),
+                                           ((12, 3), "score_chosen 12")])
+def test_a_score_that_is_no_rating_is_named(scores, wrong, models, tmp_path):
+    """Rewards and logits under a rating's name: conversion keeps them, what counts on 1..10 refuses them."""
+    p = write(tmp_path / "p.jsonl", [*RATED, pair("x", "y", "z", scores), pair("u", "v", "w", scores)])
+    for flags in (*(("select", "--pairs", "--budget", 3, "--method", m) for m in ("a2", "argilla", "alpagasus")),
+                  ("annotate", "--rm", models / "rm")):
+        with pytest.raises(ValueError, match=f"p.jsonl:9: {wrong} .*1..10.*2 such"):
+            run(tmp_path, *flags, "--data", p)
+    assert len(run(tmp_path, "select", "--pairs", "--method", "longest", "--budget", 99, "--data", p)[1]) == 10
 
 
 def test_output_never_stands_on_its_input(tmp_path):
