@@ -1169,21 +1169,21 @@ def pack(lengths, max_length: int, packing: str = "bfd") -> Rows:
 
 
 # -------------------------------------------------------------------------------------- duplicates, contamination
-NEAR, GRAM, BENCHMARK_GRAM = 0.8, 5, 13   # Jaccard of word 5-grams; words shared with a benchmark's prompt
+NEAR, GRAM, BENCHMARK_GRAM = 0.8, 5, 13   # Jaccard of 5-grams of words and signs; words shared with a benchmark's prompt
 BANDS, BAND_ROWS = 16, 8           # MinHash: P(found) = 1 - (1 - J^8)^16: 0.95 at J = 0.8, 0.99 at 0.85, 0.24 at 0.6
 
 
-def grams(text: str, n: int) -> set[str]:
-    """Word n-grams of a text, lower-cased, without punctuation; a shorter text is one gram, whole."""
-    words = re.findall(r"\w+", canonical(text).lower())
-    return {" ".join(words[i:i + n]) for i in range(len(words) - n + 1)} or {" ".join(words) or canonical(text)}
+def grams(text: str, n: int, words: str = r"\w+") -> set[str]:
+    """n-grams of a text's words (a regular expression), lower-cased; a shorter text is one gram, whole."""
+    found = re.findall(words, canonical(text).lower())
+    return {" ".join(found[i:i + n]) for i in range(len(found) - n + 1)} or {" ".join(found) or canonical(text)}
 
 
 def shingles(line: dict) -> list[set[str]]:
-    """Word 5-grams of what must be near in each part: a conversation as one, or a pair's prompt, chosen and rejected
-    (a long prompt with another answer is no duplicate)."""
+    """5-grams of what must be near in each part: a conversation as one, or a pair's prompt, chosen and rejected (a long
+    prompt with another answer is no duplicate). Each sign counts as a word: 1 + 2 is not 1 - 2."""
     parts = [line["messages"]] if "messages" in line else [line[k] for k in ("prompt", "chosen", "rejected")]
-    return [grams("\n".join(m["content"] for m in part), GRAM) for part in parts]
+    return [grams("\n".join(m["content"] for m in part), GRAM, r"\w+|[^\w\s]") for part in parts]
 
 
 def jaccard(a: list[set], b: list[set]) -> float:
@@ -1532,6 +1532,16 @@ def deita_scores(store: Converted, ids, args) -> tuple[np.ndarray, np.ndarray]:
     return total, np.stack([zero if v is None else v for v in vectors])
 
 
+def check_scale(store: Converted, ids) -> None:
+    """ValueError where a known score of rows `ids` is no rating of 1..10: a reward or a logit is on another scale."""
+    scores = np.stack([store.index[k][ids] for k in ("score_chosen", "score_rejected")], 1)  # (n, 2)
+    bad = (scores < 1) | (scores > 10)                                                       # NaN compares false
+    if bad.any():
+        i, s = np.argwhere(bad)[0]
+        raise ValueError(f"{store.where(ids[i])}: score_{('chosen', 'rejected')[s]} {scores[i, s]:g} is no rating of "
+                         f"1..10, on which this rule counts ({bad.any(1).sum()} such row(s)); rescale or drop it")
+
+
 def select(store: Converted, work: Path, out: Path, args) -> dict:
     """--budget rows by --method, in rows.jsonl with their selection_score, best first; select.png: before and after."""
     good = np.flatnonzero(~store.index["refused"])
@@ -1539,6 +1549,8 @@ def select(store: Converted, work: Path, out: Path, args) -> dict:
     chosen, rejected = (store.index[k][good] for k in ("score_chosen", "score_rejected"))
     gaps, method = gap(chosen, rejected), args.method
     needs = {"alpagasus": chosen, "argilla": gaps, "a2": gaps}.get(method)
+    if needs is not None:
+        check_scale(store, good)
     if needs is not None and np.isnan(needs).all():
         raise ValueError(f"--method {method}: none of the {len(good)} rows has the ratings that it needs; name a rated "
                          "source, or annotate this one first (python data.py annotate)")
@@ -1638,6 +1650,7 @@ def fit_ratings(rewards, ratings, degree: int) -> tuple[float, float, np.ndarray
 def annotate(store: Converted, work: Path, out: Path, args) -> dict:
     """Both answers of every pair scored by --rm, mapped onto the ratings that are known; known ratings stay."""
     good = np.flatnonzero(~store.index["refused"])
+    check_scale(store, good)
     scorer = load_scorer(args.rm, "reward", args.trust_remote_code)
     texts = [render(scorer[0], line["prompt"] + line[which]) for which in ("chosen", "rejected")
              for line in map(json.loads, store.lines(good))]
