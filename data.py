@@ -1169,7 +1169,7 @@ def pack(lengths, max_length: int, packing: str = "bfd") -> Rows:
 
 
 # -------------------------------------------------------------------------------------- duplicates, contamination
-NEAR, GRAM, BENCHMARK_GRAM = 0.8, 5, 13   # Jaccard of 5-grams of words and signs; words shared with a benchmark's prompt
+NEAR, GRAM, BENCHMARK_GRAM = 0.8, 5, 13   # Jaccard of 5-grams; words shared with a benchmark's prompt
 BANDS, BAND_ROWS = 16, 8           # MinHash: P(found) = 1 - (1 - J^8)^16: 0.95 at J = 0.8, 0.99 at 0.85, 0.24 at 0.6
 
 
@@ -1287,9 +1287,12 @@ def dedup(store: Converted, work: Path, out: Path, args) -> dict:
     return total | {"clusters": len(clusters), "sources": table, "examples": examples}
 
 
+PROMPTS = ("turns", "question", "prompt", "instruction", "problem", "query", "ctx", "sentence")
+
+
 def benchmark_prompts(row: dict) -> list[str]:
     """A benchmark row's prompts: its turns (MT-Bench, Arena-Hard), question, prompt, ..., else its user turns."""
-    for name in ("turns", "question", "prompt", "instruction", "problem", "query"):
+    for name in PROMPTS:
         if isinstance(row.get(name), str):
             return [row[name]]
         if isinstance(row.get(name), list) and row[name]:
@@ -1297,9 +1300,25 @@ def benchmark_prompts(row: dict) -> list[str]:
     return [m["content"] for m in to_conversation(row).messages if m["role"] == "user"]
 
 
+def read_benchmarks(against: list[Source]) -> tuple[dict, int]:
+    """({gram: NAME:ROW of its first prompt}, number of prompts) of all benchmarks."""
+    benchmark, prompts = {}, 0
+    for source in against:
+        for n, row in load_source(source):
+            try:
+                texts = benchmark_prompts(row)
+            except ValueError as error:
+                raise ValueError(f"--against {source.name}:{n}: no prompt is found ({error}); a row needs a text or "
+                                 f"list named {', '.join(PROMPTS)}, or a conversation") from None
+            prompts += len(texts)
+            for gram in (gram for text in texts for gram in grams(text, BENCHMARK_GRAM)):
+                benchmark.setdefault(gram, f"{source.name}:{n}")
+    return benchmark, prompts
+
+
 def overlaps(store: Converted, ids, benchmark: dict, start: int, stop: int, file) -> None:
-    """[row, its first gram that a benchmark has, where] of rows ids[start:stop], as JSON. What is shorter than 13 words
-    counts whole, and in user turns alone: an answer 'yes' is not a benchmark's question."""
+    """[row, a gram that a benchmark has, where] of rows ids[start:stop], as JSON. A prompt shorter than 13 words counts
+    where a user turn equals it: an answer 'yes' is not a benchmark's question."""
     found = []
     for i, line in zip(ids[start:stop], store.lines(ids[start:stop])):
         line = json.loads(line)
@@ -1307,19 +1326,14 @@ def overlaps(store: Converted, ids, benchmark: dict, start: int, stop: int, file
         hits = [g for m in said for g in grams(m["content"], BENCHMARK_GRAM) if g in benchmark
                 and (m["role"] == "user" or g.count(" ") == BENCHMARK_GRAM - 1)]
         if hits:
-            found.append([int(i), min(hits), benchmark[min(hits)]])
+            gram = min(hits, key=lambda g: (-g.count(" "), g))                               # 13 words before fewer
+            found.append([int(i), gram, benchmark[gram]])
     file.write(json.dumps(found).encode())
 
 
-def decontaminate(store: Converted, work: Path, out: Path, args) -> dict:
-    """Rows that share 13 words in a row with a benchmark's prompt: hits.jsonl; with --remove the others: rows.jsonl."""
-    benchmark, prompts = {}, 0
-    for source in check_sources(args.against):
-        for n, row in load_source(source):
-            for text in benchmark_prompts(row):
-                prompts += 1
-                for gram in grams(text, BENCHMARK_GRAM):
-                    benchmark.setdefault(gram, f"{source.name}:{n}")
+def decontaminate(store: Converted, work: Path, out: Path, args, benchmark: dict, prompts: int) -> dict:
+    """Rows that share 13 words in a row with a benchmark's prompt, or a turn with a shorter one: hits.jsonl; with
+    --remove the others: rows.jsonl."""
     good = np.flatnonzero(~store.index["refused"])
     hits = [hit for path in in_chunks(functools.partial(overlaps, store, good, benchmark), len(good), work, "overlap",
                                       args.num_proc) for hit in json.loads(path.read_text())]
@@ -1329,13 +1343,15 @@ def decontaminate(store: Converted, work: Path, out: Path, args) -> dict:
     (out / "rows.jsonl").unlink(missing_ok=True)             # no other run's rows beside this report
     if args.remove:
         write_lines(out / "rows.jsonl", store.lines(np.setdiff1d(good, rows)))
-    print(f"{len(hits):,} of {len(good):,} rows share {BENCHMARK_GRAM} words in a row with one of {prompts:,} prompts"
-          + ("; removed" if args.remove else "; --remove leaves them out"))
+    shared = sum(gram.count(" ") == BENCHMARK_GRAM - 1 for _, gram, _ in hits)
+    print(f"of {len(good):,} rows {shared:,} share {BENCHMARK_GRAM} words in a row with one of {prompts:,} prompts, in "
+          f"{len(hits) - shared:,} more a user turn equals a shorter one; "
+          + ("removed" if args.remove else "--remove leaves them out"))
     for e in shown[:args.examples]:
         print(f"  {e['row']} and {e['benchmark']}: {e['shared']}")
     found = np.bincount(store.index["source"][rows], minlength=len(store.names))
-    return {"rows": len(good), "prompts": prompts, "hits": len(hits), "removed": len(hits) * args.remove,
-            "sources": dict(zip(distinct(store.names), found.tolist())), "examples": shown[:args.examples]}
+    return {"rows": len(good), "prompts": prompts, "hits": len(hits), "shared": shared, "short": len(hits) - shared,
+            "removed": len(hits) * args.remove, "sources": dict(zip(distinct(store.names), found.tolist())), "examples": shown[:args.examples]}
 
 
 # ---------------------------------------------------------------------------------------------- selection
@@ -1896,21 +1912,26 @@ def main(argv=None) -> dict:
     args.data = args.data or ["demo-pairs" if args.pairs else "demo"]
     named = f"-{args.method}" if args.command == "select" else ""
     args.output = getattr(args, "output", None) or f"runs/{args.command}{named}"
+    parsed, out = check_sources(args.data), Path(args.output)
+    lossy = [] if args.pairs else [f"--data {s.name}: preference rows; add --pairs, or their rejected answers are lost"
+                                   for s in parsed if {"chosen", "rejected"} <= set(next(load_source(s), (0, {}))[1])]
+    if lossy:
+        raise ValueError("\n".join(lossy))
     if args.command not in COMMANDS:
         return show_or_stats(args)
-    parsed, out = check_sources(args.data), Path(args.output)
     if any(local_kind(s.name) and out.resolve() in Path(s.name).resolve().parents for s in parsed):
         raise ValueError(f"--output {out}: holds what --data reads; name another folder")
     flags = {k: v for k, v in vars(args).items() if k not in ("output", "cache_dir", "num_proc")}
-    against = [fingerprint(s) for s in check_sources(getattr(args, "against", []))]
-    key = hashlib.sha256(json.dumps([flags, [fingerprint(s) for s in parsed], against, Path(__file__).read_text()])
-                         .encode()).hexdigest()[:32]
+    against = check_sources(getattr(args, "against", []))
+    benchmarks = read_benchmarks(against) if against else ()
+    key = hashlib.sha256(json.dumps([flags, *([fingerprint(s) for s in of] for of in (parsed, against)),
+                                     Path(__file__).read_text()]).encode()).hexdigest()[:32]
     out.mkdir(parents=True, exist_ok=True)
     with work_folder(cache_folder(args.cache_dir) / f"{args.command}-{key}.writing") as work:
         store = convert(parsed, args.pairs, args.seed, work)
         reasons = by_reason(store, refused_rows(store))
         check_rows(reasons, "refuse", int((~store.index["refused"]).sum()))
-        report = COMMANDS[args.command](store, work, out, args)
+        report = COMMANDS[args.command](store, work, out, args, *benchmarks)
     report["refused"] = dict(zip(distinct(store.names), reasons))
     print("\n".join(refused_lines(report["refused"])))
     write_report(out, report | {"flags": vars(args)})

@@ -197,6 +197,27 @@ def test_decontaminate_by_hand(tmp_path):
     assert [r["row"] for r in kept] == [2, 3, 6, 7] and made["prompts"] == 4
     hits = [json.loads(x) for x in (tmp_path / "out/hits.jsonl").read_text().splitlines()]
     assert [h["benchmark"][-1] for h in hits] == ["1", "1", "2", "3"] and hits[2]["shared"] == "who am i"
+    assert made == made | {"shared": 2, "short": 2}
+
+
+def test_benchmarks_that_are_read_and_one_that_is_not(tmp_path):
+    """HellaSwag's ctx, Winogrande's sentence; what is no benchmark is named by its line, early."""
+    a = write(tmp_path / "a.jsonl", [{"query": q, "response": "a"} for q in ("A man sits", "the _ fell", "other")])
+    bench = write(tmp_path / "b.jsonl", [{"ctx": "A man sits.", "endings": ["x"]}, {"sentence": "The _ fell."}])
+    assert run(tmp_path, "decontaminate", "--data", a, "--against", bench)[0]["short"] == 2
+    bad = write(tmp_path / "c.jsonl", [{"question": "q"}, {"texte": "q"}])
+    with pytest.raises(ValueError, match="--against .*c.jsonl:2: .*ctx.*sentence"):
+        run(tmp_path, "decontaminate", "--data", a, "--against", bad, "--output", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("flags", [("dedup",), ("stats",), ("show",), ("select", "--method", "random", "--budget", 1),
+                                   ("decontaminate", "--against", "demo:test")])
+def test_preference_rows_without_pairs_are_refused(flags, tmp_path):
+    """They would lose their rejected answers; sft.py goes on reading them as prompt + chosen."""
+    p = write(tmp_path / "p.jsonl", [pair("q", "a", "b")])
+    with pytest.raises(ValueError, match="p.jsonl.*add --pairs"):
+        data.main([*map(str, flags), "--data", p, "--cache-dir", str(tmp_path / "c")])
 
 
 # ------------------------------------------------------------------------------------------- selection
