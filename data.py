@@ -1351,7 +1351,8 @@ def decontaminate(store: Converted, work: Path, out: Path, args, benchmark: dict
         print(f"  {e['row']} and {e['benchmark']}: {e['shared']}")
     found = np.bincount(store.index["source"][rows], minlength=len(store.names))
     return {"rows": len(good), "prompts": prompts, "hits": len(hits), "shared": shared, "short": len(hits) - shared,
-            "removed": len(hits) * args.remove, "sources": dict(zip(distinct(store.names), found.tolist())), "examples": shown[:args.examples]}
+            "removed": len(hits) * args.remove, "sources": dict(zip(distinct(store.names), found.tolist())),
+            "examples": shown[:args.examples]}
 
 
 # ---------------------------------------------------------------------------------------------- selection
@@ -1560,17 +1561,20 @@ def check_scale(store: Converted, ids) -> None:
 
 def select(store: Converted, work: Path, out: Path, args) -> dict:
     """--budget rows by --method, in rows.jsonl with their selection_score, best first; select.png: before and after."""
-    good = np.flatnonzero(~store.index["refused"])
-    good = good[first_of_equal(store.index["key"][good]) == np.arange(len(good))]
+    good, method = np.flatnonzero(~store.index["refused"]), args.method
     chosen, rejected = (store.index[k][good] for k in ("score_chosen", "score_rejected"))
-    gaps, method = gap(chosen, rejected), args.method
+    gaps = gap(chosen, rejected)
     needs = {"alpagasus": chosen, "argilla": gaps, "a2": gaps}.get(method)
+    order = np.arange(len(good))
     if needs is not None:
         check_scale(store, good)
-    if needs is not None and np.isnan(needs).all():
-        raise ValueError(f"--method {method}: none of the {len(good)} rows has the ratings that it needs; name a rated "
-                         "source, or annotate this one first (python data.py annotate)")
-    score, order = needs, None
+        if np.isnan(needs).all():
+            raise ValueError(f"--method {method}: none of the {len(good)} rows has the ratings that it needs; name a "
+                             "rated source, or annotate this one first (python data.py annotate)")
+        order = np.argsort(np.isnan(needs), kind="stable")     # of equal rows the first stays that has what is needed
+    kept = np.sort(order[first_of_equal(store.index["key"][good[order]]) == np.arange(len(good))])
+    duplicates, good, chosen, rejected, gaps = len(good) - len(kept), *(x[kept] for x in (good, chosen, rejected, gaps))
+    score, order = None if needs is None else needs[kept], None
     if method == "random":
         order = permutation(len(good), args.seed)[:args.budget]
     elif method == "longest":
@@ -1585,6 +1589,7 @@ def select(store: Converted, work: Path, out: Path, args) -> dict:
         order = a2(chosen, rejected, args.budget)
     order = highest(score, args.budget) if order is None else order
     missing = 0 if score is None else int(np.isnan(score).sum())
+    print(f"{len(good):,} rows, {duplicates:,} duplicates left out")
     if len(order) < args.budget:
         print(f"{method}: {len(order):,} rows, fewer than --budget {args.budget:,}: of {len(good):,} rows {missing:,} "
               "have no score, the others are left out by the rule")
@@ -1600,7 +1605,8 @@ def select(store: Converted, work: Path, out: Path, args) -> dict:
              if not np.isnan(x[order]).all()}
     for name, (before, after) in means.items():
         print(f"{name}: mean {before:.3f} before, {after:.3f} after")
-    report = {"method": method, "rows": len(good), "without_score": missing, "selected": len(order), "means": means}
+    report = {"method": method, "rows": len(good), "duplicates": duplicates, "without_score": missing,
+              "selected": len(order), "means": means}
     if method == "a2":
         bins, counts = np.unique(np.floor(gaps[order]).astype(int), return_counts=True)
         report["bins"] = {f"{b}..{b + 1}": int(n) for b, n in zip(bins, counts)}
@@ -1652,7 +1658,9 @@ def fit_ratings(rewards, ratings, degree: int) -> tuple[float, float, np.ndarray
     known = ~np.isnan(ratings) & ~np.isnan(rewards)
     low, high = np.nanmin(rewards, initial=np.inf), np.nanmax(rewards, initial=-np.inf)
     if not known.any():
-        raise ValueError("annotate: no row has a rating to fit the rewards to; add a rated source to --data")
+        raise ValueError("annotate: " + (
+            "no row has a rating to fit the rewards to; add a rated source to --data" if np.isnan(ratings).all() else
+            "no rated answer has a reward: the model reads none so long"))
     if len(np.unique(ratings[known])) < 2:
         raise ValueError(f"annotate: all {known.sum()} known ratings are {ratings[known][0]:g}; a constant column fits "
                          "nothing")
@@ -1676,14 +1684,14 @@ def annotate(store: Converted, work: Path, out: Path, args) -> dict:
     low, high, c = fit_ratings(rewards.ravel(), ratings.ravel(), args.degree)
     raw = np.polynomial.polynomial.polyval((rewards - low) / (high - low), c)
     predicted, known = np.clip(raw, 1, 10), ~np.isnan(ratings) & ~np.isnan(rewards)
-    final = np.where(np.isnan(ratings), predicted, ratings)
+    final, annotated = np.where(np.isnan(ratings), predicted, ratings), np.isnan(ratings) & ~np.isnan(rewards)
 
     def lines():
         for k, line in enumerate(map(json.loads, store.lines(good))):
             for s, which in enumerate(("chosen", "rejected")):
                 score, reward = (None if np.isnan(x[s, k]) else float(x[s, k]) for x in (final, rewards))
                 line |= {f"score_{which}": score, f"reward_{which}": reward,
-                         f"annotated_{which}": bool(np.isnan(ratings[s, k]))}
+                         f"annotated_{which}": bool(annotated[s, k])}
             yield json_line(line)
     write_lines(out / "rows.jsonl", lines())
     figure(out / "annotate.png", [("rating given", "rating predicted", {
@@ -1693,16 +1701,12 @@ def annotate(store: Converted, work: Path, out: Path, args) -> dict:
     report = {"pairs": len(good), "scored_pairs": int(both.sum()), "ties": int((rewards[0] == rewards[1]).sum()),
               "agreement": float((rewards[0] > rewards[1])[both].sum() / max(1, both.sum())),
               "rated_answers": int(known.sum()),
-              "annotated_answers": int((np.isnan(ratings) & ~np.isnan(rewards)).sum()),
-              "clipped": int((raw != predicted)[~np.isnan(raw)].sum()), "too_long": int(np.isnan(rewards).sum()),
+              "annotated_answers": int(annotated.sum()), "clipped": int((raw != predicted)[~np.isnan(raw)].sum()),
+              "too_long": int(np.isnan(rewards).sum()),
               "low": low, "high": high, "monotone": bool((slope >= 0).all()), "coefficients": c.tolist(),
               "mse": float((error ** 2).mean()), "mae": float(np.abs(error).mean())}
-    print("the reward model agrees with the label on {agreement:.2%} of {scored_pairs:,} pairs ({ties:,} ties)\n"
-          "rating = sum over k of {coefficients} z^k, z = (reward - {low:g}) / ({high:g} - {low:g}), fitted on "
-          "{rated_answers:,} ratings;\nthere, not held out: mean squared error {mse:.3f}, absolute {mae:.3f}\n"
-          "{annotated_answers:,} answers annotated, {clipped:,} predictions clipped to 1..10, {too_long:,} answers too "
-          "long for the model and left without".format(**report)
-          + ("" if report["monotone"] else "\nthe fit falls somewhere: a higher reward is not always a higher rating"))
+    print("rating = sum over k of coefficients z^k, z = (reward - low) / (high - low), clipped to 1..10; errors on "
+          "what was fitted", *(f"{k}: {v}" for k, v in report.items()), sep="\n")
     return report
 
 

@@ -317,6 +317,16 @@ def test_select_command(method, expected, tmp_path):
     json.loads((tmp_path / "out/report.json").read_text(), parse_constant=lambda x: pytest.fail(x))
 
 
+@pytest.mark.parametrize("method, row", [("a2", 3), ("argilla", 3), ("alpagasus", 2), ("random", 1)])
+def test_of_equal_rows_a_rated_method_keeps_the_first_rated(method, row, tmp_path, capsys):
+    """Copies unrated, half rated, rated 9 and 1, rated 8 and 1: one stays, three are counted."""
+    copies = [pair("q", "a", "b", s) for s in ((None, None), (9, None), (9, 1), (8, 1))]
+    made, rows = run(tmp_path, "select", "--pairs", "--method", method, "--budget", 2, "--data",
+                     write(tmp_path / "p.jsonl", [*copies, pair("r", "a", "b", (7, 1))]))
+    assert {r["row"] for r in rows} == {row, 5} and made["duplicates"] == 3 and made["rows"] == 2
+    assert "3 duplicates" in capsys.readouterr().out
+
+
 def test_select_says_what_it_cannot_do(tmp_path, capsys):
     plain = write(tmp_path / "a.jsonl", [pair("q", "a", "b"), pair("r", "a", "b")])
     with pytest.raises(ValueError, match="none of the 2 rows has the ratings"):
@@ -483,7 +493,7 @@ def test_fit_equals_numpy_and_a_known_answer():
 
 @pytest.mark.parametrize("ratings, rewards, why", [
     ([NAN, NAN], [1, 2], "no row has a rating"), ([3, 3], [1, 2], "constant"), ([1, 2], [5, 5], "1 different rewards"),
-    ([1, 2], [NAN, NAN], "no row has a rating")])
+    ([1, 2], [NAN, NAN], "no rated answer has a reward"), ([1, NAN], [NAN, 2], "no rated answer has a reward")])
 def test_fit_needs_ratings_that_differ(ratings, rewards, why):
     with pytest.raises(ValueError, match=f"annotate: .*{why}"):
         data.fit_ratings(rewards, ratings, 1)
@@ -508,6 +518,15 @@ def test_annotate_command(models, tmp_path, degree):
     assert made["agreement"] == (r[:, 0] > r[:, 1]).mean() and made["annotated_answers"] == (~has).sum()
     assert (tmp_path / "out/annotate.png").stat().st_size > 5000
     assert data.to_pair(out[-1]).score_chosen == out[-1]["score_chosen"]
+
+
+def test_an_answer_too_long_to_score_is_not_annotated(models, tmp_path):
+    """Its score stays missing, and so says its mark."""
+    rows = [*RATED, pair("q", "a" * 400, "b")]
+    made, out = run(tmp_path, "annotate", "--rm", models / "rm", "--data", write(tmp_path / "p.jsonl", rows))
+    assert made["too_long"] == 1 and made["annotated_answers"] == 3 == sum(
+        r["annotated_chosen"] + r["annotated_rejected"] for r in out)
+    assert out[-1]["score_chosen"] is None and not out[-1]["annotated_chosen"] and out[-1]["annotated_rejected"]
 
 
 def test_annotate_without_ratings(models, tmp_path):
