@@ -18,8 +18,10 @@ written NAME[:split][=fraction]. Formats are recognised by their columns (FORMAT
 from __future__ import annotations
 
 import argparse
+import array
 import base64
 import bisect
+import collections
 import contextlib
 import csv
 import fcntl
@@ -1170,6 +1172,7 @@ def pack(lengths, max_length: int, packing: str = "bfd") -> Rows:
 
 # -------------------------------------------------------------------------------------- duplicates, contamination
 NEAR, GRAM, BENCHMARK_GRAM = 0.8, 5, 13   # Jaccard of 5-grams; words shared with a benchmark's prompt
+LIKELY = 0.7                       # share of equal hashes to verify from: 0.2% of J = 0.8 lie below, none of 0.85
 BANDS, BAND_ROWS = 16, 8           # MinHash: P(found) = 1 - (1 - J^8)^16: 0.95 at J = 0.8, 0.99 at 0.85, 0.24 at 0.6
 
 
@@ -1191,48 +1194,51 @@ def jaccard(a: list[set], b: list[set]) -> float:
     return min(len(x & y) / len(x | y) for x, y in zip(a, b))
 
 
-def band_keys(store: Converted, ids, start: int, stop: int, file) -> None:
-    """MinHash signatures of rows ids[start:stop], each band hashed to one number: (rows, BANDS) uint64."""
+def signatures(store: Converted, ids, start: int, stop: int, file) -> None:
+    """MinHash signatures of rows ids[start:stop]: (rows, BANDS * BAND_ROWS) uint32."""
     from rensa import RMinHash
-    mix = np.random.default_rng(0).integers(1, 2 ** 63, BAND_ROWS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    out = np.empty((stop - start, BANDS * BAND_ROWS), dtype=np.uint64)
+    out = np.empty((stop - start, BANDS * BAND_ROWS), dtype=np.uint32)
     for r, line in enumerate(store.lines(ids[start:stop])):
         h = RMinHash(num_perm=BANDS * BAND_ROWS, seed=42)
         h.update([f"{part} {gram}" for part, found in enumerate(shingles(json.loads(line))) for gram in found])
         out[r] = h.digest()
-    np.save(file, (out.reshape(-1, BANDS, BAND_ROWS) * mix).sum(-1, dtype=np.uint64))       # wraps; equal stays equal
+    np.save(file, out)
 
 
 def near_duplicates(store: Converted, ids, folder: Path, num_proc: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """For each row of `ids` the earliest *kept* row that it is near to, its own number if none, and their Jaccard.
 
-    Candidates share a band of their MinHash; each is verified by exact Jaccard, in order, so that a row is dropped
-    only for one that stays. (n,) int64 into ids, (n,) float."""
+    Candidates share a band of their MinHash and at least LIKELY of its hashes; each is verified by exact Jaccard, in
+    order, so that a row is dropped only for one that stays. (n,) int64 into ids, (n,) float."""
     from tqdm import tqdm
-    keys = np.concatenate([np.load(p) for p in in_chunks(functools.partial(band_keys, store, ids), len(ids), folder,
-                                                         "minhash", num_proc)])              # (n, BANDS)
+    made = in_chunks(functools.partial(signatures, store, ids), len(ids), folder, "minhash", num_proc)
+    signs = np.concatenate([np.load(p, mmap_mode="r") for p in made])                        # (n, BANDS * BAND_ROWS)
+    mix = np.random.default_rng(0).integers(1, 2 ** 63, BAND_ROWS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     members, buckets = [], []                               # rows that share a band with another, and which
     for band in range(BANDS):
-        order = np.argsort(keys[:, band], kind="stable")
-        run = np.cumsum(np.append(False, keys[order[1:], band] != keys[order[:-1], band]))   # (n,) equal keys, one run
+        keys = (signs[:, band * BAND_ROWS:][:, :BAND_ROWS] * mix).sum(1)                     # wraps; equal stays equal
+        order = np.argsort(keys, kind="stable")
+        run = np.cumsum(np.append(False, keys[order[1:]] != keys[order[:-1]]))               # (n,) equal keys, one run
         many = np.bincount(run)[run] > 1
         members.append(order[many]), buckets.append(run[many] * BANDS + band)
     members, buckets = np.concatenate(members), np.concatenate(buckets)
     order = np.argsort(members, kind="stable")
     members, buckets = members[order], buckets[order]
-    first, likeness, open_rows = np.arange(len(ids)), np.ones(len(ids)), {}
-    read = functools.lru_cache(10_000)(lambda i: shingles(json.loads(next(store.lines([ids[i]])))))
+    first, likeness = np.arange(len(ids)), np.ones(len(ids))
+    open_rows = collections.defaultdict(functools.partial(array.array, "q"))                 # bucket: kept rows
+    read = functools.lru_cache(2_000)(lambda i: shingles(json.loads(next(store.lines([ids[i]])))))
     starts = np.flatnonzero(np.append(True, members[1:] != members[:-1]))[:len(members)]
     for a, b in zip(tqdm(starts, desc="verify", unit="row"), np.append(starts[1:], len(members))):
         row, mine = int(members[a]), buckets[a:b].tolist()
-        for other in sorted({i for bucket in mine for i in open_rows.get(bucket, ())}):
+        others = np.unique(np.concatenate([open_rows[bucket] for bucket in mine]))
+        for other in others[(signs[others] == signs[row]).mean(1) >= LIKELY].tolist():
             j = jaccard(read(row), read(other))
             if j >= NEAR:
                 first[row], likeness[row] = other, j
                 break
         else:
             for bucket in mine:
-                open_rows.setdefault(bucket, []).append(row)
+                open_rows[bucket].append(row)
     return first, likeness
 
 

@@ -96,6 +96,21 @@ def test_near_does_not_hang_on_hash_seed_or_processes(tmp_path, near_files):
     assert len(seen) == 1
 
 
+def test_a_shared_frame_is_not_verified_row_by_row(tmp_path, monkeypatch):
+    """600 rows of one system prompt (J about 0.55 by it alone) and ten near copies: the copies go, and few of the
+    180,000 pairs that share a band come to the exact Jaccard."""
+    pytest.importorskip("rensa")
+    rng, verified, plain = random.Random(3), [], data.jaccard
+    frame, asked = " ".join(words(rng, 120)), [words(rng, 40) for _ in range(600)]
+    asked += [t[:20] + ["new"] + t[21:] for t in asked[:10]]
+    rows = [{"messages": [{"role": "system", "content": frame}, *data.ask(" ".join(t[:30]), " ".join(t[30:]))]}
+            for t in asked]
+    monkeypatch.setattr(data, "jaccard", lambda a, b: verified.append(1) or plain(a, b))
+    made, kept = run(tmp_path, "dedup", "--near", "--data", write(tmp_path / "a.jsonl", rows))
+    assert [r["row"] for r in kept] == list(range(1, 601)) and made["near"] == 10
+    assert len(verified) < 2500
+
+
 def test_an_operator_or_a_sign_makes_another_row(tmp_path):
     """12 + 30 and 12 - 30, f(x) and f[x]: not near, though their words are the same; a word of 100 changed is."""
     pytest.importorskip("rensa")
@@ -469,6 +484,14 @@ def test_models_that_cannot_score_are_refused(models, tmp_path):
         run(tmp_path, "annotate", "--rm", models / "two", "--data", p)
     with pytest.raises(ValueError, match="lm: no weights for.*score"):
         data.load_scorer(str(models / "lm"), "reward")
+    odd = tmp_path / "odd"                                  # a vocabulary without digits
+    data.shutil.copytree(models / "lm", odd)
+    made = json.loads((odd / "tokenizer.json").read_text())
+    made["model"]["vocab"] = {k.replace("5", "five"): v for k, v in made["model"]["vocab"].items()}
+    (odd / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(ValueError, match='odd: .*"1".."6"'):
+        data.load_scorer(str(odd), "rating")
+    data.load_scorer(str(odd), "embedding")
     remote = tmp_path / "remote"
     remote.mkdir()
     (remote / "config.json").write_text(json.dumps({"model_type": "odd", "auto_map": {"AutoModel": "odd.Odd"}}))
