@@ -344,7 +344,8 @@ def draw(text: str, n: int) -> int:
 
 
 def best_against_drawn(prompt: str, rated: list[tuple]) -> list[tuple]:
-    """The best of (rating or None, answer), the first of equals, against one drawn among the strictly worse."""
+    """The best of (rating or None, answer), the first of equals, against one drawn among the strictly worse that are
+    neither empty nor equal to it."""
     rated = [x for x in rated if x[0] is not None]
     if len(rated) < 2:
         raise ValueError("fewer than two rated answers")
@@ -352,12 +353,16 @@ def best_against_drawn(prompt: str, rated: list[tuple]) -> list[tuple]:
     worse = [x for x in rated if x[0] < best[0]]
     if not worse:
         raise ValueError("all ratings tie")
+    said = lambda x: x[1].strip() if isinstance(x[1], str) else ""
+    worse = [x for x in worse if said(x) not in ("", said(best))]
+    if not worse:
+        raise ValueError("every worse answer is empty or equals the best")
     return [best, worse[draw(prompt, len(worse))]]
 
 
-def mean_rating(row, names, column: str) -> float | None:
-    """The mean of all the named ratings on the scale of 1 to 10; None where one of them is missing."""
-    all_of = [on_ten(row.get(name), column) for name in names]
+def mean_rating(ratings, column: str) -> float | None:
+    """The mean of all ratings on the scale of 1 to 10; None where one of them is missing."""
+    all_of = [on_ten(r, column) for r in ratings]
     return None if None in all_of else sum(all_of) / len(all_of)
 
 
@@ -369,15 +374,15 @@ def pair_of_rated(prompt: list[dict], rated: list[tuple]) -> Pair:
 def pair_from_completions(row):
     """UltraFeedback raw: a completion's rating is the mean of its four aspects (its overall_score is known to hold
     10s that were meant as 1s); best against drawn."""
-    rated = [(mean_rating({k: a[k]["Rating"] for k in ASPECTS if k in a}, ASPECTS, "completions"), c["response"])
-             for c in row["completions"] for a in [c["annotations"]]]
+    rated = [(mean_rating([(a.get(k) or {}).get("Rating") for k in ASPECTS], "completions"), c["response"])
+             for c in row["completions"] for a in [c["annotations"] or {}]]
     return pair_of_rated(ask(row["instruction"], "")[:1], rated)
 
 
 def pair_from_responses(row):
     """HelpSteer: all responses to a prompt (`read_source` gathers them), best against drawn."""
     return pair_of_rated(ask(row["prompt"], "")[:1],
-                         [(mean_rating(r, HELPSTEER, "responses"), r["response"]) for r in row["responses"]])
+                         [(mean_rating(map(r.get, HELPSTEER), "responses"), r["response"]) for r in row["responses"]])
 
 
 def pair_from_ranks(row):
@@ -461,7 +466,7 @@ def checked(c: Conversation) -> Conversation:
     if any(not isinstance(m["content"], str) for m in c.messages):
         raise ValueError("content is not text")
     try:
-        "".join(m["content"] for m in c.messages).encode()
+        "".join([*(m["content"] for m in c.messages), c.answer or ""]).encode()
     except UnicodeEncodeError:                              # a lone surrogate
         raise ValueError("text is not valid Unicode") from None
     if any(not m["content"].strip() for m in c.messages if m["role"] != "system"):
@@ -1448,6 +1453,9 @@ def load_scorer(name: str, kind: str, trust_remote_code: bool = False):
         raise ValueError(f"--rm {name}: {model.config.num_labels} outputs; a reward model has one")
     if kind == "reward" and not tokenizer.chat_template:
         raise ValueError(f"--rm {name}: its tokenizer has no chat template to render a conversation with")
+    digits = {*tokenizer.convert_tokens_to_ids(list("123456"))} - {None, tokenizer.unk_token_id}
+    if kind == "rating" and len(digits) < 6:
+        raise ValueError(f'{name}: its vocabulary lacks tokens "1".."6", from whose logits a rating is computed')
     digest = hashlib.sha256(json.dumps([kind, name, getattr(model.config, "_commit_hash", None)]).encode())
     for path in sorted(Path(name).glob("*.*")) if os.path.isdir(name) else []:
         hash_file(digest, path)

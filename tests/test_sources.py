@@ -189,6 +189,17 @@ def test_nectar_refuses_what_has_no_order():
             data.to_pair({**row, "answers": [{"answer": a, "rank": r} for a, r in zip("ab", ranks)]})
 
 
+def test_drawn_answer_is_another_and_no_empty_one():
+    """An answer equal to the best or empty is never drawn, for then the pair would be refused though another is there."""
+    rated = [(7, "best"), (3, " best\n"), (3, ""), (4, " "), (5, None), (2, "x")]
+    assert {data.best_against_drawn(f"prompt {i}", rated)[1] for i in range(40)} == {(2, "x")}
+    with pytest.raises(ValueError, match="every worse answer is empty or equals the best"):
+        data.best_against_drawn("p", rated[:4])
+    row = PAIRS["openbmb/UltraFeedback"][0]
+    lost = {**completion("d", 1, 1, 1, 1), "annotations": None}
+    assert data.to_pair({**row, "completions": [lost, *row["completions"]]})[1:3] == ("a", "b")
+
+
 def test_safety_pair_needs_both_verdicts_to_agree():
     with pytest.raises(ValueError, match="not the safer one"):
         data.to_pair({**PAIRS["PKU-Alignment/PKU-SafeRLHF"][0], "safer_response_id": 0})
@@ -253,10 +264,12 @@ def test_helpsteer_rows_of_a_prompt_make_one_pair_wherever_they_stand(chatml, tm
 
 
 def test_text_that_is_no_unicode_is_refused(chatml, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"query": "\\ud800", "response": "a"}\n{"query": "q", "response": "a"}\n')
+    (tmp_path / "a.jsonl").write_text('{"query": "\\ud800", "response": "a"}\n{"query": "q", "response": "a"}\n'
+                                      '{"messages": [{"role": "user", "content": "r"}, {"role": "assistant", '
+                                      '"content": "a"}], "answer": "\\ud800"}\n')
     made = data.prepare([str(tmp_path / "a.jsonl")], *chatml, max_length=100, cache_dir=str(tmp_path / "cache"))
     assert len(made.dataset) == 1 and list(made.stats["sources"].values())[0]["reasons"] == {
-        "text is not valid Unicode": [1, f"{tmp_path}/a.jsonl:1"]}
+        "text is not valid Unicode": [2, f"{tmp_path}/a.jsonl:1"]}
 
 
 def test_canonical_text():
