@@ -769,10 +769,12 @@ def convert_line(row: dict, pairs: bool, source: str, n: int):
 
 def convert(parsed: list[Source], pairs: bool, seed: int, folder: Path) -> Converted:
     """Every raw row converted, or refused with its reason, into rows.jsonl and index.bin of `folder`. A killed pass
-    goes on behind its last whole record. Memory: the index, 59 bytes a row."""
+    goes on behind its last whole record. Rows that a command wrote keep the source and row that they say they are of.
+    Memory: the index, 59 bytes a row."""
     from tqdm import tqdm
-    path, records, names = folder / "rows.jsonl", folder / "index.bin", [s.name for s in parsed]
+    path, records, named = folder / "rows.jsonl", folder / "index.bin", folder / "names.json"
     done = np.fromfile(records, INDEX) if records.exists() else np.zeros(0, INDEX)
+    names = json.loads(named.read_text()) if named.exists() else []
     if not (folder / "converted").exists():
         end = int(done["end"][-1]) if len(done) else 0
         with open(path, "ab") as out, open(records, "ab") as index:
@@ -781,6 +783,7 @@ def convert(parsed: list[Source], pairs: bool, seed: int, folder: Path) -> Conve
 
             def flush():
                 out.flush()
+                write_lines(named, [json.dumps(names).encode()])
                 index.write(np.array(waiting, dtype=INDEX).tobytes())
                 index.flush(), waiting.clear()
             for i, (source, n, row, total) in enumerate(raw_rows(parsed, pairs, seed)):
@@ -788,23 +791,27 @@ def convert(parsed: list[Source], pairs: bool, seed: int, folder: Path) -> Conve
                 if i < len(done):
                     continue
                 try:
-                    line, key, chosen, rejected = convert_line(row, pairs, names[source], n)
+                    ours = "answer" in row and isinstance(row.get("source"), str) and type(row.get("row")) is int
+                    name, at = ([row["source"], -1], row["row"]) if ours else ([parsed[source].name, source], n)
+                    line, key, chosen, rejected = convert_line(row, pairs, name[0], at)
                     refused = False
                     text = json.dumps(line).encode() + b"\n"
                 except ValueError as error:
+                    name, at = [parsed[source].name, source], n
                     key, chosen, rejected, refused = bytes(16), None, None, True
                     text = json.dumps({"refused": str(error)}).encode() + b"\n"
                 out.write(text)
                 end += len(text)
                 scores = (np.nan if x is None else x for x in (chosen, rejected))
-                waiting.append((end, source, n, key, *scores, refused))
+                names += [] if name in names else [name]
+                waiting.append((end, names.index(name), at, key, *scores, refused))
                 bar.update()
                 if len(waiting) == CHUNK:
                     flush()
             flush(), bar.close()
         (folder / "converted").touch()
         done = np.fromfile(records, INDEX)
-    return Converted(path, done, names)
+    return Converted(path, done, [name for name, _ in names])
 
 
 @contextlib.contextmanager
@@ -1022,7 +1029,7 @@ def _prepare(parsed, settings, pairs, max_examples, min_gap, seed, bad_rows, num
         refused += [(int(i), f"score gap below --min-gap {min_gap:g}") for i in good[gaps < min_gap]]
         good = good[gaps >= min_gap]
     first = first_of_equal(index["key"][good]) == np.arange(len(good))
-    duplicates = np.bincount(index["source"][good[~first]], minlength=len(parsed))
+    duplicates = np.bincount(index["source"][good[~first]], minlength=len(store.names))
     kept = good[first]
     check_rows(by_reason(store, refused), bad_rows, len(kept))
 
@@ -1051,9 +1058,9 @@ def _prepare(parsed, settings, pairs, max_examples, min_gap, seed, bad_rows, num
     of = {k: made.data.column(k).to_numpy() for k in columns}
     lines = [summary({k: v[of["source"] == s] for k, v in of.items()}) | dict(
         duplicates=int(duplicates[s]), reasons=reasons[s], refused=sum(n for n, _ in reasons[s].values()))
-        for s in range(len(parsed))]
+        for s in range(len(store.names))]
     stats = {"sources": {}, "total": summary(of)}
-    stats["sources"].update(zip(distinct([s.name for s in parsed]), lines))
+    stats["sources"].update(zip(distinct(store.names), lines))
     for key in ("duplicates", "refused"):
         stats["total"][key] = sum(line[key] for line in lines)
     return Prepared(made.remove_columns(["cut", "turns"]), stats)

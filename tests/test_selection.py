@@ -571,6 +571,23 @@ def test_stats_command(tmp_path, capsys):
     assert "p90" in text and "gap" in text and (tmp_path / "out/stats.png").stat().st_size > 5000
 
 
+def test_the_first_source_outlives_a_step(tmp_path):
+    """dedup, then select, then stats: rows still say which file and row they come from, beside rows of other files."""
+    a = write(tmp_path / "a.jsonl", [{"query": f"q{i}", "response": "a"} for i in (0, 0, 1)])
+    b = write(tmp_path / "b.jsonl", [{"query": f"r{i}", "response": "a"} for i in range(3)])
+    made, rows = run(tmp_path, "dedup", "--data", a, b)
+    (tmp_path / "out").rename(tmp_path / "one")
+    made, rows = run(tmp_path, "select", "--method", "random", "--budget", 9, "--data", tmp_path / "one/rows.jsonl", b)
+    assert {(r["source"], r["row"]) for r in rows} == {(a, 1), (a, 3), (b, 1), (b, 2), (b, 3)}
+    (tmp_path / "out").rename(tmp_path / "two")
+    bad = write(tmp_path / "c.jsonl", [{"messages": [], "answer": None, "source": a, "row": 7},
+                                       {"query": "s", "response": "a", "source": "forum", "row": "x"}])
+    run(tmp_path, "stats", "--data", tmp_path / "two/rows.jsonl", bad)
+    sources = json.loads((tmp_path / "out/report.json").read_text())["sources"]
+    assert {name: s["examples"] for name, s in sources.items()} == {a: 2, b: 3, bad: 1}
+    assert sources[bad]["reasons"] == {"empty conversation": [1, f"{bad}:1"]}
+
+
 def test_no_dead_flag():
     """Every flag of every command is read somewhere in data.py."""
     source = Path(data.__file__).read_text()
