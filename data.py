@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import array
-import base64
 import bisect
 import collections
 import contextlib
@@ -42,6 +41,7 @@ import threading
 import time
 import unicodedata
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,6 +137,7 @@ def load_source(source: Source):
     elif kind in (".jsonl", ".jsonl.gz"):
         yield from read_lines(source.name)
     elif kind == ".csv":
+        csv.field_size_limit(sys.maxsize)
         with open(source.name, newline="") as f:
             yield from enumerate(csv.DictReader(f), 2)
     else:
@@ -317,7 +318,7 @@ def side(row, which: str) -> list[dict]:
             turns(prompt) + [{"role": "assistant", "content": said}]
     said = turns(said)
     if isinstance(prompt, str) and said and said[0]["role"] == "assistant":
-        said = [{"role": "user", "content": prompt}] + said
+        said = ask(prompt, "", row.get("system") or "")[:-1] + said
     elif prompt is not None and not isinstance(prompt, str):
         said = turns(prompt) + said
     return said
@@ -443,10 +444,12 @@ FORMATS += [(needed, lambda row, make=make: with_answer(make(row), "chosen"))
             for needed, make in PAIR_FORMATS[1:]]             # read by sft.py: prompt + chosen, its last turn trained
 
 
-def find_format(columns, where: str, formats):
+def find_format(columns, where: str | None, formats):
     for needed, convert in formats:
         if needed <= set(columns):
             return convert
+    if where is None:
+        raise ValueError(f"unknown columns {', '.join(sorted(map(str, columns)))}")
     known = "; ".join("+".join(sorted(needed)) for needed, _ in formats)
     raise ValueError(f"{where}: columns {sorted(columns)} are no known format. Known: {known}")
 
@@ -454,7 +457,7 @@ def find_format(columns, where: str, formats):
 def convert_row(row: dict, formats):
     """By the first format whose columns the row has. ValueError(short reason) for one that lacks what it needs."""
     try:
-        return find_format(row, "row", formats)(row)
+        return find_format(row, None, formats)(row)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"malformed row ({type(error).__name__}: {error})") from None
 
@@ -864,7 +867,7 @@ def in_chunks(function, n: int, folder: Path, name: str, num_proc: int | None = 
     jobs = [(a, min(n, a + CHUNK), folder / f"{name}-{a}-{min(n, a + CHUNK)}") for a in range(0, n, CHUNK)]
     todo = [job for job in jobs if not job[2].exists()]
     with tqdm(total=n, initial=n - sum(b - a for a, b, _ in todo), desc=name, unit="row") as bar:
-        workers = min(num_proc or os.cpu_count(), len(todo))
+        workers = min(num_proc or len(os.sched_getaffinity(0)), len(todo))
         if workers < 2:
             for job in todo:
                 bar.update(run_chunk(*job))
@@ -873,6 +876,9 @@ def in_chunks(function, n: int, folder: Path, name: str, num_proc: int | None = 
             try:
                 for done in as_completed([pool.submit(run_chunk, *job) for job in todo]):
                     bar.update(done.result())
+            except BrokenProcessPool:
+                raise OSError("a worker was killed, for memory as a rule: lower --num-proc; call again, it goes "
+                              "on") from None
             finally:
                 pool.shutdown(cancel_futures=True)
     return [path for *_, path in jobs]
@@ -1483,35 +1489,39 @@ def score_batch(tokenizer, model, kind: str, rows: list[list[int]], pad: int) ->
         hidden = model.base_model(input_ids=x, attention_mask=mask).last_hidden_state
         hidden = hidden[range(len(rows)), last]                                              # (B, D)
         if kind == "embedding":
-            return [base64.b64encode(h.float().cpu().numpy().tobytes()).decode() for h in hidden]
+            return hidden.float().cpu().numpy()
         digits = model.get_output_embeddings()(hidden)[:, tokenizer.convert_tokens_to_ids(list("123456"))].double()
         return (digits.softmax(-1) @ torch.arange(1, 7, dtype=torch.double, device=digits.device)).tolist()
 
 
 def score_texts(scorer, kind: str, texts: list[str], folder: Path, batch_tokens: int) -> list:
     """score_batch of every text, by batches of like length, kept in a file as they come: what is there is not computed
-    again. None for a text that is longer than the model reads; ValueError for a value that is not finite."""
+    again. An embedding's value is its row in KIND-KEY.f32, raw float32. None for a text that is longer than the model
+    reads; ValueError for a value that is not finite."""
     import torch
     from tqdm import tqdm
     tokenizer, model, key = scorer
     folder.mkdir(parents=True, exist_ok=True)
     path, done = folder / f"{kind}-{key}.jsonl", {}
+    binary = path.with_suffix(".f32") if kind == "embedding" else os.devnull
     name = lambda text: hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     whole = 0
-    with open(path, "ab+") as f:
+    with open(path, "ab+") as f, open(binary, "ab") as vectors:
         fcntl.lockf(f, fcntl.LOCK_EX)                       # one process adds to it at a time
         f.seek(0)
         for line in f:
             if line.endswith(b"\n"):
                 done.update([json.loads(line)])
                 whole += len(line)
-        f.truncate(whole)                                   # a torn last line
+        f.truncate(whole)                                   # a torn last line, and vectors without a line
+        if kind == "embedding":
+            vectors.truncate(4 * model.config.get_text_config().hidden_size * len(done))
         todo = list(dict.fromkeys(text for text in texts if name(text) not in done))
         ids = [tokenizer(t, add_special_tokens=kind != "reward").input_ids for t in tqdm(todo, desc="tokenise")]
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         pad = tokenizer.pad_token_id
         padded = pad is not None and pad != tokenizer.eos_token_id
-        model.config.pad_token_id = pad if padded else -1   # a classifier reads the last token that is no padding:
+        model.config.get_text_config().pad_token_id = pad if padded else -1         # a classifier reads the last other
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         order = sorted((i for i in range(len(todo)) if len(ids[i]) <= limit), key=lambda i: -len(ids[i]))
         with tqdm(total=len(texts), initial=len(texts) - len(order), desc=kind, unit="text") as bar:
@@ -1520,6 +1530,9 @@ def score_texts(scorer, kind: str, texts: list[str], folder: Path, batch_tokens:
                 part = [i for i in order[:n] if padded or len(ids[i]) == len(ids[order[0]])]    # else of equal length
                 order = order[len(part):]
                 values = score_batch(tokenizer, model, kind, [ids[i] for i in part], pad if padded else 0)
+                if kind == "embedding":
+                    vectors.write(values.tobytes()), vectors.flush()
+                    values = range(len(done), len(done) + len(part))
                 for i, value in zip(part, values):
                     if isinstance(value, float) and not math.isfinite(value):
                         raise ValueError(f"{kind}: the model gives {value} for {todo[i][:80]!r}; try float32 weights")
@@ -1544,8 +1557,9 @@ def answer_lengths(store: Converted, ids, tokenizer, start: int, stop: int, file
     np.save(file, np.array(out, dtype=np.int64))
 
 
-def deita_scores(store: Converted, ids, args) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) sum over turns of complexity x quality, NaN where one is too long; (n, D) embeddings, zero there."""
+def deita_scores(store: Converted, ids, args) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(n,) sum over turns of complexity x quality, NaN where one is too long; (n,) each row's place among the (m, D)
+    embeddings, which stay on disk."""
     asked, whole, owner = [], [], []
     for r, line in enumerate(map(json.loads, store.lines(ids))):
         said = answered(line)
@@ -1555,19 +1569,18 @@ def deita_scores(store: Converted, ids, args) -> tuple[np.ndarray, np.ndarray]:
         asked += turn
         owner += [r] * len(turn)
 
-    def scored(name: str, kind: str, texts: list[str]) -> list:
-        return score_texts(load_scorer(name, kind, args.trust_remote_code), kind, texts,
-                           cache_folder(args.cache_dir) / "scores", args.batch_tokens)
+    folder = cache_folder(args.cache_dir) / "scores"
     product, total = np.ones(len(asked)), np.zeros(len(ids))
     for kind, name in (("complexity", args.complexity_model), ("quality", args.quality_model)):
-        found = scored(name, "rating", [DEITA[kind].format(**t) for t in asked])
+        found = score_texts(load_scorer(name, "rating", args.trust_remote_code), "rating",
+                            [DEITA[kind].format(**t) for t in asked], folder, args.batch_tokens)
         product *= [np.nan if x is None else x for x in found]
     np.add.at(total, owner, product)
-    vectors = [x and np.frombuffer(base64.b64decode(x), dtype=np.float32)
-               for x in scored(args.embedding_model, "embedding", whole)]
-    zero = np.zeros_like(next((v for v in vectors if v is not None), np.zeros(1, dtype=np.float32)))
-    total[[v is None for v in vectors]] = np.nan
-    return total, np.stack([zero if v is None else v for v in vectors])
+    scorer = load_scorer(args.embedding_model, "embedding", args.trust_remote_code)
+    at = np.array([-1 if x is None else x for x in score_texts(scorer, "embedding", whole, folder, args.batch_tokens)])
+    total[at < 0] = np.nan
+    file, width = folder / f"embedding-{scorer[2]}.f32", scorer[1].config.get_text_config().hidden_size
+    return total, at, np.memmap(file, np.float32, "r").reshape(-1, width) if (at >= 0).any() else np.zeros((0, width))
 
 
 def check_scale(store: Converted, ids) -> None:
@@ -1604,8 +1617,10 @@ def select(store: Converted, work: Path, out: Path, args) -> dict:
         score = np.concatenate([np.load(p) for p in in_chunks(functools.partial(answer_lengths, store, good, tokenizer),
                                                               len(good), work, "lengths", args.num_proc)]).astype(float)
     elif method == "deita":
-        score, vectors = deita_scores(store, good, args)
-        order = np.array(diverse(vectors, highest(score, len(score)), args.budget), dtype=int)
+        score, at, vectors = deita_scores(store, good, args)
+        best = highest(score, len(score))
+        of = {int(at[i]): i for i in best[::-1]}            # equal texts have one embedding: the best one's
+        order = np.array([of[k] for k in diverse(vectors, at[best], args.budget)], dtype=int)
     elif method == "a2":
         order = a2(chosen, rejected, args.budget)
     order = highest(score, args.budget) if order is None else order
@@ -1944,10 +1959,10 @@ def main(argv=None) -> dict:
         raise ValueError("\n".join(lossy))
     if args.command not in COMMANDS:
         return show_or_stats(args)
-    if any(local_kind(s.name) and out.resolve() in Path(s.name).resolve().parents for s in parsed):
-        raise ValueError(f"--output {out}: holds what --data reads; name another folder")
     flags = {k: v for k, v in vars(args).items() if k not in ("output", "cache_dir", "num_proc")}
     against = check_sources(getattr(args, "against", []))
+    if any(local_kind(s.name) and out.resolve() in (Path(s.name).resolve() / "x").parents for s in parsed + against):
+        raise ValueError(f"--output {out}: holds what --data or --against reads; name another folder")
     benchmarks = read_benchmarks(against) if against else ()
     key = hashlib.sha256(json.dumps([flags, *([fingerprint(s) for s in of] for of in (parsed, against)),
                                      Path(__file__).read_text()]).encode()).hexdigest()[:32]

@@ -367,8 +367,14 @@ def test_a_score_that_is_no_rating_is_named(scores, wrong, models, tmp_path):
 def test_output_never_stands_on_its_input(tmp_path):
     (tmp_path / "out").mkdir()
     a = write(tmp_path / "out/rows.jsonl", [{"query": "q", "response": "a"}])
-    with pytest.raises(ValueError, match="holds what --data reads"):
+    with pytest.raises(ValueError, match="holds what --data or --against reads"):
         run(tmp_path, "dedup", "--data", a)
+    with pytest.raises(ValueError, match="holds what --data or --against reads"):
+        run(tmp_path, "decontaminate", "--data", "demo:test", "--against", a)
+    import datasets
+    datasets.Dataset.from_list([{"query": "q", "response": "a"}]).save_to_disk(str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="holds what --data or --against reads"):
+        run(tmp_path, "dedup", "--data", tmp_path / "out")
 
 
 def test_random_is_nested_and_seeded(tmp_path):
@@ -417,8 +423,12 @@ def test_rewards_and_deita_scores_one_at_a_time(models, tmp_path):
     assert np.allclose(found, [(np.arange(1, 7) * x).sum() for x in p], atol=1e-5)
     hidden = [model.model(input_ids=x).last_hidden_state[0, -1].detach().numpy() for x in ids]
     found = data.score_texts(lm, "embedding", texts, tmp_path, 100)
-    vectors = [np.frombuffer(data.base64.b64decode(x), np.float32) for x in found]
-    assert np.allclose(vectors, hidden, atol=1e-5)
+    read = lambda: np.fromfile(tmp_path / f"embedding-{lm[2]}.f32", np.float32).reshape(-1, 32)
+    assert np.allclose(read()[found], hidden, atol=1e-5) and len(read()) == 4
+    with open(tmp_path / f"embedding-{lm[2]}.f32", "ab") as f:
+        f.write(b"a vector whose line a kill left out")
+    found = data.score_texts(lm, "embedding", [*texts, "new"], tmp_path, 100)
+    assert np.allclose(read()[found[:5]], hidden, atol=1e-5) and found[5] == 4 and len(read()) == 5
     assert data.score_texts((tokenizer, model, lm[2]), "rating", ["x" * 301], tmp_path, 100) == [None]
 
 

@@ -221,6 +221,29 @@ def test_mixes_name_known_sources_and_the_release_fractions():
     assert len(gemma) == 8 and set(gemma) - set(llama) == {"CarperAI/openai_summarize_comparisons"}
 
 
+def test_a_system_turn_beside_a_prompt_and_a_list():
+    row = {"system": "s", "prompt": "q", "chosen": [A("a")], "rejected": [A("b")]}
+    assert data.to_pair(row).prompt == [S("s"), U("q")] == data.to_conversation(row).messages[:2]
+
+
+def test_unknown_columns_are_a_short_reason(chatml, tmp_path):
+    a = write(tmp_path / "a.jsonl", [{"text": "x", "b": 1}, {"query": "q", "response": "a"}])
+    made = data.prepare([a], *chatml, max_length=100, cache_dir=str(tmp_path / "cache"))
+    assert made.stats["sources"][a]["reasons"] == {"unknown columns b, text": [1, f"{a}:1"]}
+
+
+def test_csv_with_a_long_field(tmp_path):
+    (tmp_path / "a.csv").write_text("query,response\nq," + "a" * 200_000 + "\n")
+    (n, row), = data.load_source(data.Source(str(tmp_path / "a.csv")))
+    assert len(row["response"]) == 200_000
+
+
+def test_a_worker_that_dies_says_what_to_do(tmp_path):
+    """Not a ValueError: the half-done work stays."""
+    with pytest.raises(OSError, match="lower --num-proc; call again"):
+        data.in_chunks(lambda start, stop, f: os._exit(9), 2 * data.CHUNK, tmp_path, "x", 2)
+
+
 def test_fraction_of_a_mix_and_its_splits():
     made = data.parse_sources(["lion-dpo-gemma=0.5", "demo"])
     assert made[-1].name == "demo" and {s.name: s.fraction for s in made}["berkeley-nest/Nectar"] == 0.125
