@@ -23,12 +23,14 @@ import bisect
 import collections
 import contextlib
 import csv
+import ctypes
 import fcntl
 import functools
 import gzip
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -36,9 +38,8 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
-import threading
-import time
 import unicodedata
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -361,29 +362,25 @@ def best_against_drawn(prompt: str, rated: list[tuple]) -> list[tuple]:
     return [best, worse[draw(prompt, len(worse))]]
 
 
-def mean_rating(ratings, column: str) -> float | None:
-    """The mean of all ratings on the scale of 1 to 10; None where one of them is missing."""
-    all_of = [on_ten(r, column) for r in ratings]
-    return None if None in all_of else sum(all_of) / len(all_of)
-
-
-def pair_of_rated(prompt: list[dict], rated: list[tuple]) -> Pair:
-    (r_w, y_w), (r_l, y_l) = best_against_drawn(prompt[-1]["content"], rated)
-    return Pair(prompt, y_w, y_l, r_w, r_l)
+def pair_of_rated(asked: str, column: str, answers) -> Pair:
+    """Of (ratings, answer) the best against one drawn, by the mean of an answer's ratings on the scale of 1 to 10; an
+    answer that lacks one of them is unrated."""
+    on = [([on_ten(r, column) for r in ratings], y) for ratings, y in answers]
+    (r_w, y_w), (r_l, y_l) = best_against_drawn(asked, [(None if None in r else sum(r) / len(r), y) for r, y in on])
+    return Pair(ask(asked, "")[:1], y_w, y_l, r_w, r_l)
 
 
 def pair_from_completions(row):
     """UltraFeedback raw: a completion's rating is the mean of its four aspects (its overall_score is known to hold
     10s that were meant as 1s); best against drawn."""
-    rated = [(mean_rating([(a.get(k) or {}).get("Rating") for k in ASPECTS], "completions"), c["response"])
-             for c in row["completions"] for a in [c["annotations"] or {}]]
-    return pair_of_rated(ask(row["instruction"], "")[:1], rated)
+    return pair_of_rated(row["instruction"], "completions", [
+        ([(a.get(k) or {}).get("Rating") for k in ASPECTS], c["response"])
+        for c in row["completions"] for a in [c["annotations"] or {}]])
 
 
 def pair_from_responses(row):
     """HelpSteer: all responses to a prompt (`read_source` gathers them), best against drawn."""
-    return pair_of_rated(ask(row["prompt"], "")[:1],
-                         [(mean_rating(map(r.get, HELPSTEER), "responses"), r["response"]) for r in row["responses"]])
+    return pair_of_rated(row["prompt"], "responses", [(map(r.get, HELPSTEER), r["response"]) for r in row["responses"]])
 
 
 def pair_from_ranks(row):
@@ -437,11 +434,9 @@ PAIR_FORMATS = [({"chosen", "rejected"}, pair_from_preference),
 FORMATS = [({"messages"}, from_messages), ({"conversations"}, from_sharegpt), ({"chosen"}, from_preference),
            ({"conversation"}, from_exchanges), ({"instruction", "output"}, from_instruction),
            *(({k, "response"}, functools.partial(from_response, k)) for k in ("instruction", "query", "prompt")),
-           ({"question", "answer"}, from_question)]
-
-
-FORMATS += [(needed, lambda row, make=make: with_answer(make(row), "chosen"))
-            for needed, make in PAIR_FORMATS[1:]]             # read by sft.py: prompt + chosen, its last turn trained
+           ({"question", "answer"}, from_question),
+           *((needed, lambda row, make=make: with_answer(make(row), "chosen"))
+             for needed, make in PAIR_FORMATS[1:])]           # read by sft.py: prompt + chosen, its last turn trained
 
 
 def find_format(columns, where: str | None, formats):
@@ -851,11 +846,9 @@ def run_chunk(start: int, stop: int, path: Path) -> int:
 
 def end_with(parent: int) -> None:
     """Let a worker die with its parent, however that one was killed."""
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)              # PR_SET_PDEATHSIG
+    if os.getppid() != parent:                              # dead already
         os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def in_chunks(function, n: int, folder: Path, name: str, num_proc: int | None = None) -> list[Path]:
@@ -877,8 +870,7 @@ def in_chunks(function, n: int, folder: Path, name: str, num_proc: int | None = 
                 for done in as_completed([pool.submit(run_chunk, *job) for job in todo]):
                     bar.update(done.result())
             except BrokenProcessPool:
-                raise OSError("a worker was killed, for memory as a rule: lower --num-proc; call again, it goes "
-                              "on") from None
+                raise OSError("a worker was killed, out of memory? lower --num-proc; call again, it goes on") from None
             finally:
                 pool.shutdown(cancel_futures=True)
     return [path for *_, path in jobs]
@@ -1189,6 +1181,7 @@ def pack(lengths, max_length: int, packing: str = "bfd") -> Rows:
 
 
 # -------------------------------------------------------------------------------------- duplicates, contamination
+PROMPTS = ("turns", "question", "prompt", "instruction", "problem", "query", "ctx", "sentence")     # of benchmarks
 NEAR, GRAM, BENCHMARK_GRAM = 0.8, 5, 13   # Jaccard of 5-grams; words shared with a benchmark's prompt
 LIKELY = 0.7                       # share of equal hashes to verify from: 0.2% of J = 0.8 lie below, none of 0.85
 BANDS, BAND_ROWS = 16, 8           # MinHash: P(found) = 1 - (1 - J^8)^16: 0.95 at J = 0.8, 0.99 at 0.85, 0.24 at 0.6
@@ -1311,9 +1304,6 @@ def dedup(store: Converted, work: Path, out: Path, args) -> dict:
     return total | {"clusters": len(clusters), "sources": table, "examples": examples}
 
 
-PROMPTS = ("turns", "question", "prompt", "instruction", "problem", "query", "ctx", "sentence")
-
-
 def benchmark_prompts(row: dict) -> list[str]:
     """A benchmark row's prompts: its turns (MT-Bench, Arena-Hard), question, prompt, ..., else its user turns."""
     for name in PROMPTS:
@@ -1394,13 +1384,11 @@ def a2(chosen, rejected, budget: int, least: float = 2.0, width: float = 1.0) ->
     Rounds: the best of each bin, the second best of each, ..., the bin of larger differences first, until `budget`.
     Ties in the order given; a missing score (NaN) never. (n,), (n,) -> indices in that order. Scores (9, 1), (9, 1),
     (7, 5), (8, 6), (9, 8), budget 3: 0, 3, 1."""
-    chosen, gaps = np.asarray(chosen, dtype=float), gap(chosen, rejected)
-    fit = np.flatnonzero(gaps >= least)                                                      # NaN compares false
-    bins = np.floor(np.round((gaps[fit] - least) / width, 9)).astype(int)
-    best = np.lexsort((fit, -chosen[fit], bins))                                             # by bin, chosen, order
-    new = np.append(True, bins[best][1:] != bins[best][:-1])[:len(best)]
-    place = np.arange(len(best)) - np.maximum.accumulate(np.where(new, np.arange(len(best)), 0))     # within its bin
-    return fit[best[np.lexsort((-bins[best], place))]][:budget]
+    gaps, bins = gap(chosen, rejected), {}
+    for i in highest(np.where(gaps >= least, chosen, np.nan), len(gaps)).tolist():           # NaN compares false
+        bins.setdefault(np.floor(np.round((gaps[i] - least) / width, 9)), []).append(i)
+    rounds = sorted((place, -b, i) for b, of in bins.items() for place, i in enumerate(of))
+    return np.array([i for *_, i in rounds[:budget]], dtype=int)
 
 
 def cosine(a, b) -> float:
@@ -1585,12 +1573,11 @@ def deita_scores(store: Converted, ids, args) -> tuple[np.ndarray, np.ndarray, n
 
 def check_scale(store: Converted, ids) -> None:
     """ValueError where a known score of rows `ids` is no rating of 1..10: a reward or a logit is on another scale."""
-    scores = np.stack([store.index[k][ids] for k in ("score_chosen", "score_rejected")], 1)  # (n, 2)
-    bad = (scores < 1) | (scores > 10)                                                       # NaN compares false
-    if bad.any():
-        i, s = np.argwhere(bad)[0]
-        raise ValueError(f"{store.where(ids[i])}: score_{('chosen', 'rejected')[s]} {scores[i, s]:g} is no rating of "
-                         f"1..10, on which this rule counts ({bad.any(1).sum()} such row(s)); rescale or drop it")
+    for which in ("score_chosen", "score_rejected"):
+        x = store.index[which][ids]
+        if len(bad := np.flatnonzero((x < 1) | (x > 10))):                                   # NaN compares false
+            raise ValueError(f"{store.where(ids[bad[0]])}: {which} {x[bad[0]]:g} is no rating of 1..10, on which this "
+                             f"rule counts ({len(bad)} such row(s)); rescale or drop it")
 
 
 def select(store: Converted, work: Path, out: Path, args) -> dict:
@@ -1821,15 +1808,9 @@ def demo_pairs(n: int, seed: int = 0, split: str = "train") -> list[dict]:
 def marked(input_ids, targets, tokenizer, colour: bool) -> str:
     """Text of a row with its trained tokens in green, or between brackets where there is no colour."""
     on, off = ("\033[32m", "\033[0m") if colour else ("\u27e6", "\u27e7")
-    out, a = "", 0
-    while a < len(input_ids):
-        b = a
-        while b < len(input_ids) and targets[b] == targets[a]:
-            b += 1
-        text = tokenizer.decode(input_ids[a:b])
-        out += on + text + off if targets[a] else text
-        a = b
-    return out
+    runs = itertools.groupby(zip(input_ids, targets), key=lambda token: token[1])
+    texts = [(trained, tokenizer.decode([i for i, _ in run])) for trained, run in runs]
+    return "".join(on + text + off if trained else text for trained, text in texts)
 
 
 def stats_figure(path: Path, made: Prepared, pairs: bool) -> None:
