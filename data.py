@@ -1556,7 +1556,6 @@ def deita_scores(store: Converted, ids, args) -> tuple[np.ndarray, np.ndarray, n
                 if (q["role"], a["role"]) == ("user", "assistant")]
         asked += turn
         owner += [r] * len(turn)
-
     folder = cache_folder(args.cache_dir) / "scores"
     product, total = np.ones(len(asked)), np.zeros(len(ids))
     for kind, name in (("complexity", args.complexity_model), ("quality", args.quality_model)):
@@ -1620,8 +1619,7 @@ def select(store: Converted, work: Path, out: Path, args) -> dict:
     write_lines(out / "rows.jsonl", (json_line(json.loads(line) | {"selection_score": x})
                                      for x, line in zip(values, store.lines(good[order]))))
     named = {"score difference": gaps, "rating of chosen": chosen} if args.pairs else {}
-    named |= {} if score is None or method in ("argilla", "a2", "alpagasus") else {
-        {"longest": "answer tokens", "deita": "complexity x quality"}[method]: score}
+    named |= {k: score for m, k in (("longest", "answer tokens"), ("deita", "complexity x quality")) if m == method}
     figure(out / "select.png", [(name, "share of rows", {"before": x, f"after {method}": x[order]})
                                 for name, x in named.items()])
     means = {name: [float(np.nanmean(x)), float(np.nanmean(x[order]))] for name, x in named.items()
@@ -1643,8 +1641,7 @@ def figure(path: Path, panels: list[tuple]) -> None:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    empty = lambda v: np.ndim(v) == 1 and np.isnan(v).all()          # no scores: no panel
-    panels = [p for p in panels if not all(not isinstance(v, tuple) and empty(v) for v in p[2].values())]
+    panels = [p for p in panels if not all(np.ndim(v) == 1 and np.isnan(v).all() for v in p[2].values())]  # no scores
     fig, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(5.5 * max(1, len(panels)), 4), squeeze=False)
     for ax, (xlabel, ylabel, series) in zip(axes[0], panels):
         ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -1867,8 +1864,7 @@ def parser() -> argparse.ArgumentParser:
         add("--num-proc", type=int, help="processes; None: all cores")
         add("--cache-dir", help="half-done work, prepared rows, scores; None: ~/.cache/lions")
         if output:
-            folder = f"runs/{name}" + "-METHOD" * (name == "select")
-            add("--output", help=f"folder of report.json, rows.jsonl and pictures; None: {folder}")
+            add("--output", help=f"folder of report.json, rows.jsonl, pictures; None: runs/{name}, of select -METHOD")
         return add
     for name, help in (("show", "rows with the trained tokens marked"),
                        ("stats", "examples and tokens per source, as a table and a picture")):
@@ -1934,10 +1930,9 @@ def main(argv=None) -> dict:
     named = f"-{args.method}" if args.command == "select" else ""
     args.output = getattr(args, "output", None) or f"runs/{args.command}{named}"
     parsed, out = check_sources(args.data), Path(args.output)
-    lossy = [] if args.pairs else [f"--data {s.name}: preference rows; add --pairs, or their rejected answers are lost"
-                                   for s in parsed if {"chosen", "rejected"} <= set(next(load_source(s), (0, {}))[1])]
-    if lossy:
-        raise ValueError("\n".join(lossy))
+    for s in parsed if not args.pairs else []:
+        if {"chosen", "rejected"} <= set(next(load_source(s), (0, {}))[1]):
+            raise ValueError(f"--data {s.name}: preference rows; add --pairs, or their rejected answers are lost")
     if args.command not in COMMANDS:
         return show_or_stats(args)
     flags = {k: v for k, v in vars(args).items() if k not in ("output", "cache_dir", "num_proc")}
