@@ -18,15 +18,19 @@ written NAME[:split][=fraction]. Formats are recognised by their columns (FORMAT
 from __future__ import annotations
 
 import argparse
-import base64
+import array
 import bisect
+import collections
 import contextlib
 import csv
+import ctypes
 import fcntl
 import functools
 import gzip
 import hashlib
 import importlib.util
+import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -34,11 +38,11 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
-import threading
-import time
 import unicodedata
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,6 +138,7 @@ def load_source(source: Source):
     elif kind in (".jsonl", ".jsonl.gz"):
         yield from read_lines(source.name)
     elif kind == ".csv":
+        csv.field_size_limit(sys.maxsize)
         with open(source.name, newline="") as f:
             yield from enumerate(csv.DictReader(f), 2)
     else:
@@ -317,7 +322,7 @@ def side(row, which: str) -> list[dict]:
             turns(prompt) + [{"role": "assistant", "content": said}]
     said = turns(said)
     if isinstance(prompt, str) and said and said[0]["role"] == "assistant":
-        said = [{"role": "user", "content": prompt}] + said
+        said = ask(prompt, "", row.get("system") or "")[:-1] + said
     elif prompt is not None and not isinstance(prompt, str):
         said = turns(prompt) + said
     return said
@@ -345,7 +350,8 @@ def draw(text: str, n: int) -> int:
 
 
 def best_against_drawn(prompt: str, rated: list[tuple]) -> list[tuple]:
-    """The best of (rating or None, answer), the first of equals, against one drawn among the strictly worse."""
+    """The best of (rating or None, answer), the first of equals, against one drawn among the strictly worse that are
+    neither empty nor equal to it."""
     rated = [x for x in rated if x[0] is not None]
     if len(rated) < 2:
         raise ValueError("fewer than two rated answers")
@@ -353,32 +359,32 @@ def best_against_drawn(prompt: str, rated: list[tuple]) -> list[tuple]:
     worse = [x for x in rated if x[0] < best[0]]
     if not worse:
         raise ValueError("all ratings tie")
+    said = lambda x: x[1].strip() if isinstance(x[1], str) else ""
+    worse = [x for x in worse if said(x) not in ("", said(best))]
+    if not worse:
+        raise ValueError("every worse answer is empty or equals the best")
     return [best, worse[draw(prompt, len(worse))]]
 
 
-def mean_rating(row, names, column: str) -> float | None:
-    """The mean of all the named ratings on the scale of 1 to 10; None where one of them is missing."""
-    all_of = [on_ten(row.get(name), column) for name in names]
-    return None if None in all_of else sum(all_of) / len(all_of)
-
-
-def pair_of_rated(prompt: list[dict], rated: list[tuple]) -> Pair:
-    (r_w, y_w), (r_l, y_l) = best_against_drawn(prompt[-1]["content"], rated)
-    return Pair(prompt, y_w, y_l, r_w, r_l)
+def pair_of_rated(asked: str, column: str, answers) -> Pair:
+    """Of (ratings, answer) the best against one drawn, by the mean of an answer's ratings on the scale of 1 to 10; an
+    answer that lacks one of them is unrated."""
+    on = [([on_ten(r, column) for r in ratings], y) for ratings, y in answers]
+    (r_w, y_w), (r_l, y_l) = best_against_drawn(asked, [(None if None in r else sum(r) / len(r), y) for r, y in on])
+    return Pair(ask(asked, "")[:1], y_w, y_l, r_w, r_l)
 
 
 def pair_from_completions(row):
     """UltraFeedback raw: a completion's rating is the mean of its four aspects (its overall_score is known to hold
     10s that were meant as 1s); best against drawn."""
-    rated = [(mean_rating({k: a[k]["Rating"] for k in ASPECTS if k in a}, ASPECTS, "completions"), c["response"])
-             for c in row["completions"] for a in [c["annotations"]]]
-    return pair_of_rated(ask(row["instruction"], "")[:1], rated)
+    return pair_of_rated(row["instruction"], "completions", [
+        ([(a.get(k) or {}).get("Rating") for k in ASPECTS], c["response"])
+        for c in row["completions"] for a in [c["annotations"] or {}]])
 
 
 def pair_from_responses(row):
     """HelpSteer: all responses to a prompt (`read_source` gathers them), best against drawn."""
-    return pair_of_rated(ask(row["prompt"], "")[:1],
-                         [(mean_rating(r, HELPSTEER, "responses"), r["response"]) for r in row["responses"]])
+    return pair_of_rated(row["prompt"], "responses", [(map(r.get, HELPSTEER), r["response"]) for r in row["responses"]])
 
 
 def pair_from_ranks(row):
@@ -432,17 +438,17 @@ PAIR_FORMATS = [({"chosen", "rejected"}, pair_from_preference),
 FORMATS = [({"messages"}, from_messages), ({"conversations"}, from_sharegpt), ({"chosen"}, from_preference),
            ({"conversation"}, from_exchanges), ({"instruction", "output"}, from_instruction),
            *(({k, "response"}, functools.partial(from_response, k)) for k in ("instruction", "query", "prompt")),
-           ({"question", "answer"}, from_question)]
+           ({"question", "answer"}, from_question),
+           *((needed, lambda row, make=make: with_answer(make(row), "chosen"))
+             for needed, make in PAIR_FORMATS[1:])]           # read by sft.py: prompt + chosen, its last turn trained
 
 
-FORMATS += [(needed, lambda row, make=make: with_answer(make(row), "chosen"))
-            for needed, make in PAIR_FORMATS[1:]]             # read by sft.py: prompt + chosen, its last turn trained
-
-
-def find_format(columns, where: str, formats):
+def find_format(columns, where: str | None, formats):
     for needed, convert in formats:
         if needed <= set(columns):
             return convert
+    if where is None:
+        raise ValueError(f"unknown columns {', '.join(sorted(map(str, columns)))}")
     known = "; ".join("+".join(sorted(needed)) for needed, _ in formats)
     raise ValueError(f"{where}: columns {sorted(columns)} are no known format. Known: {known}")
 
@@ -450,7 +456,7 @@ def find_format(columns, where: str, formats):
 def convert_row(row: dict, formats):
     """By the first format whose columns the row has. ValueError(short reason) for one that lacks what it needs."""
     try:
-        return find_format(row, "row", formats)(row)
+        return find_format(row, None, formats)(row)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"malformed row ({type(error).__name__}: {error})") from None
 
@@ -462,7 +468,7 @@ def checked(c: Conversation) -> Conversation:
     if any(not isinstance(m["content"], str) for m in c.messages):
         raise ValueError("content is not text")
     try:
-        "".join(m["content"] for m in c.messages).encode()
+        "".join([*(m["content"] for m in c.messages), c.answer or ""]).encode()
     except UnicodeEncodeError:                              # a lone surrogate
         raise ValueError("text is not valid Unicode") from None
     if any(not m["content"].strip() for m in c.messages if m["role"] != "system"):
@@ -767,10 +773,12 @@ def convert_line(row: dict, pairs: bool, source: str, n: int):
 
 def convert(parsed: list[Source], pairs: bool, seed: int, folder: Path) -> Converted:
     """Every raw row converted, or refused with its reason, into rows.jsonl and index.bin of `folder`. A killed pass
-    goes on behind its last whole record. Memory: the index, 59 bytes a row."""
+    goes on behind its last whole record. Rows that a command wrote keep the source and row that they say they are of.
+    Memory: the index, 59 bytes a row."""
     from tqdm import tqdm
-    path, records, names = folder / "rows.jsonl", folder / "index.bin", [s.name for s in parsed]
+    path, records, named = folder / "rows.jsonl", folder / "index.bin", folder / "names.json"
     done = np.fromfile(records, INDEX) if records.exists() else np.zeros(0, INDEX)
+    names = json.loads(named.read_text()) if named.exists() else []
     if not (folder / "converted").exists():
         end = int(done["end"][-1]) if len(done) else 0
         with open(path, "ab") as out, open(records, "ab") as index:
@@ -779,6 +787,7 @@ def convert(parsed: list[Source], pairs: bool, seed: int, folder: Path) -> Conve
 
             def flush():
                 out.flush()
+                write_lines(named, [json.dumps(names).encode()])
                 index.write(np.array(waiting, dtype=INDEX).tobytes())
                 index.flush(), waiting.clear()
             for i, (source, n, row, total) in enumerate(raw_rows(parsed, pairs, seed)):
@@ -786,37 +795,42 @@ def convert(parsed: list[Source], pairs: bool, seed: int, folder: Path) -> Conve
                 if i < len(done):
                     continue
                 try:
-                    line, key, chosen, rejected = convert_line(row, pairs, names[source], n)
+                    ours = "answer" in row and isinstance(row.get("source"), str) and type(row.get("row")) is int
+                    name, at = ([row["source"], -1], row["row"]) if ours else ([parsed[source].name, source], n)
+                    line, key, chosen, rejected = convert_line(row, pairs, name[0], at)
                     refused = False
                     text = json.dumps(line).encode() + b"\n"
                 except ValueError as error:
+                    name, at = [parsed[source].name, source], n
                     key, chosen, rejected, refused = bytes(16), None, None, True
                     text = json.dumps({"refused": str(error)}).encode() + b"\n"
                 out.write(text)
                 end += len(text)
                 scores = (np.nan if x is None else x for x in (chosen, rejected))
-                waiting.append((end, source, n, key, *scores, refused))
+                names += [] if name in names else [name]
+                waiting.append((end, names.index(name), at, key, *scores, refused))
                 bar.update()
                 if len(waiting) == CHUNK:
                     flush()
             flush(), bar.close()
         (folder / "converted").touch()
         done = np.fromfile(records, INDEX)
-    return Converted(path, done, names)
+    return Converted(path, done, [name for name, _ in names])
 
 
 @contextlib.contextmanager
 def work_folder(folder: Path):
     """A folder for half-done work: it outlives a kill, so that the same command goes on, is one process's at a time
-    (others wait), and goes when the work is done or its data is at fault."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")
-        fcntl.lockf(lock, fcntl.LOCK_EX)                     # a record lock: forked workers do not hold it
-        if (folder / "lock").exists() and os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock")):
-            break
-        lock.close()                                         # the one before us finished and removed it
-    with lock:
+    (others wait), and goes when the work is done or its data is at fault. The lock beside it stays: who waits on a
+    file that is removed holds a lock that nobody else sees."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a record lock: forked workers do not hold it
+        except OSError:
+            print(f"another process works in {folder}; waiting for it", file=sys.stderr)
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        folder.mkdir(exist_ok=True)
         try:
             yield folder
         except ValueError:
@@ -838,11 +852,9 @@ def run_chunk(start: int, stop: int, path: Path) -> int:
 
 def end_with(parent: int) -> None:
     """Let a worker die with its parent, however that one was killed."""
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)              # PR_SET_PDEATHSIG
+    if os.getppid() != parent:                              # dead already
         os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def in_chunks(function, n: int, folder: Path, name: str, num_proc: int | None = None) -> list[Path]:
@@ -854,7 +866,7 @@ def in_chunks(function, n: int, folder: Path, name: str, num_proc: int | None = 
     jobs = [(a, min(n, a + CHUNK), folder / f"{name}-{a}-{min(n, a + CHUNK)}") for a in range(0, n, CHUNK)]
     todo = [job for job in jobs if not job[2].exists()]
     with tqdm(total=n, initial=n - sum(b - a for a, b, _ in todo), desc=name, unit="row") as bar:
-        workers = min(num_proc or os.cpu_count(), len(todo))
+        workers = min(num_proc or len(os.sched_getaffinity(0)), len(todo))
         if workers < 2:
             for job in todo:
                 bar.update(run_chunk(*job))
@@ -863,6 +875,8 @@ def in_chunks(function, n: int, folder: Path, name: str, num_proc: int | None = 
             try:
                 for done in as_completed([pool.submit(run_chunk, *job) for job in todo]):
                     bar.update(done.result())
+            except BrokenProcessPool:
+                raise OSError("a worker was killed, out of memory? lower --num-proc; call again, it goes on") from None
             finally:
                 pool.shutdown(cancel_futures=True)
     return [path for *_, path in jobs]
@@ -1020,7 +1034,7 @@ def _prepare(parsed, settings, pairs, max_examples, min_gap, seed, bad_rows, num
         refused += [(int(i), f"score gap below --min-gap {min_gap:g}") for i in good[gaps < min_gap]]
         good = good[gaps >= min_gap]
     first = first_of_equal(index["key"][good]) == np.arange(len(good))
-    duplicates = np.bincount(index["source"][good[~first]], minlength=len(parsed))
+    duplicates = np.bincount(index["source"][good[~first]], minlength=len(store.names))
     kept = good[first]
     check_rows(by_reason(store, refused), bad_rows, len(kept))
 
@@ -1049,9 +1063,9 @@ def _prepare(parsed, settings, pairs, max_examples, min_gap, seed, bad_rows, num
     of = {k: made.data.column(k).to_numpy() for k in columns}
     lines = [summary({k: v[of["source"] == s] for k, v in of.items()}) | dict(
         duplicates=int(duplicates[s]), reasons=reasons[s], refused=sum(n for n, _ in reasons[s].values()))
-        for s in range(len(parsed))]
+        for s in range(len(store.names))]
     stats = {"sources": {}, "total": summary(of)}
-    stats["sources"].update(zip(distinct([s.name for s in parsed]), lines))
+    stats["sources"].update(zip(distinct(store.names), lines))
     for key in ("duplicates", "refused"):
         stats["total"][key] = sum(line[key] for line in lines)
     return Prepared(made.remove_columns(["cut", "turns"]), stats)
@@ -1174,21 +1188,23 @@ def pack(lengths, max_length: int, packing: str = "bfd") -> Rows:
 
 
 # -------------------------------------------------------------------------------------- duplicates, contamination
-NEAR, GRAM, BENCHMARK_GRAM = 0.8, 5, 13   # Jaccard of word 5-grams; words shared with a benchmark's prompt
+PROMPTS = ("turns", "question", "prompt", "instruction", "problem", "query", "ctx", "sentence")     # of benchmarks
+NEAR, GRAM, BENCHMARK_GRAM = 0.8, 5, 13   # Jaccard of 5-grams; words shared with a benchmark's prompt
+LIKELY = 0.7                       # share of equal hashes to verify from: 0.2% of J = 0.8 lie below, none of 0.85
 BANDS, BAND_ROWS = 16, 8           # MinHash: P(found) = 1 - (1 - J^8)^16: 0.95 at J = 0.8, 0.99 at 0.85, 0.24 at 0.6
 
 
-def grams(text: str, n: int) -> set[str]:
-    """Word n-grams of a text, lower-cased, without punctuation; a shorter text is one gram, whole."""
-    words = re.findall(r"\w+", canonical(text).lower())
-    return {" ".join(words[i:i + n]) for i in range(len(words) - n + 1)} or {" ".join(words) or canonical(text)}
+def grams(text: str, n: int, words: str = r"\w+") -> set[str]:
+    """n-grams of a text's words (a regular expression), lower-cased; a shorter text is one gram, whole."""
+    found = re.findall(words, canonical(text).lower())
+    return {" ".join(found[i:i + n]) for i in range(len(found) - n + 1)} or {" ".join(found) or canonical(text)}
 
 
 def shingles(line: dict) -> list[set[str]]:
-    """Word 5-grams of what must be near in each part: a conversation as one, or a pair's prompt, chosen and rejected
-    (a long prompt with another answer is no duplicate)."""
+    """5-grams of what must be near in each part: a conversation as one, or a pair's prompt, chosen and rejected (a long
+    prompt with another answer is no duplicate). Each sign counts as a word: 1 + 2 is not 1 - 2."""
     parts = [line["messages"]] if "messages" in line else [line[k] for k in ("prompt", "chosen", "rejected")]
-    return [grams("\n".join(m["content"] for m in part), GRAM) for part in parts]
+    return [grams("\n".join(m["content"] for m in part), GRAM, r"\w+|[^\w\s]") for part in parts]
 
 
 def jaccard(a: list[set], b: list[set]) -> float:
@@ -1196,56 +1212,60 @@ def jaccard(a: list[set], b: list[set]) -> float:
     return min(len(x & y) / len(x | y) for x, y in zip(a, b))
 
 
-def band_keys(store: Converted, ids, start: int, stop: int, file) -> None:
-    """MinHash signatures of rows ids[start:stop], each band hashed to one number: (rows, BANDS) uint64."""
+def signatures(store: Converted, ids, start: int, stop: int, file) -> None:
+    """MinHash signatures of rows ids[start:stop]: (rows, BANDS * BAND_ROWS) uint32."""
     from rensa import RMinHash
-    mix = np.random.default_rng(0).integers(1, 2 ** 63, BAND_ROWS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    out = np.empty((stop - start, BANDS * BAND_ROWS), dtype=np.uint64)
+    out = np.empty((stop - start, BANDS * BAND_ROWS), dtype=np.uint32)
     for r, line in enumerate(store.lines(ids[start:stop])):
         h = RMinHash(num_perm=BANDS * BAND_ROWS, seed=42)
         h.update([f"{part} {gram}" for part, found in enumerate(shingles(json.loads(line))) for gram in found])
         out[r] = h.digest()
-    np.save(file, (out.reshape(-1, BANDS, BAND_ROWS) * mix).sum(-1, dtype=np.uint64))       # wraps; equal stays equal
+    np.save(file, out)
 
 
 def near_duplicates(store: Converted, ids, folder: Path, num_proc: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """For each row of `ids` the earliest *kept* row that it is near to, its own number if none, and their Jaccard.
 
-    Candidates share a band of their MinHash; each is verified by exact Jaccard, in order, so that a row is dropped
-    only for one that stays. (n,) int64 into ids, (n,) float."""
+    Candidates share a band of their MinHash and at least LIKELY of its hashes; each is verified by exact Jaccard, in
+    order, so that a row is dropped only for one that stays. (n,) int64 into ids, (n,) float."""
     from tqdm import tqdm
-    keys = np.concatenate([np.load(p) for p in in_chunks(functools.partial(band_keys, store, ids), len(ids), folder,
-                                                         "minhash", num_proc)])              # (n, BANDS)
+    made = in_chunks(functools.partial(signatures, store, ids), len(ids), folder, "minhash", num_proc)
+    signs = np.concatenate([np.load(p, mmap_mode="r") for p in made])                        # (n, BANDS * BAND_ROWS)
+    mix = np.random.default_rng(0).integers(1, 2 ** 63, BAND_ROWS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     members, buckets = [], []                               # rows that share a band with another, and which
     for band in range(BANDS):
-        order = np.argsort(keys[:, band], kind="stable")
-        run = np.cumsum(np.append(False, keys[order[1:], band] != keys[order[:-1], band]))   # (n,) equal keys, one run
+        keys = (signs[:, band * BAND_ROWS:][:, :BAND_ROWS] * mix).sum(1)                     # wraps; equal stays equal
+        order = np.argsort(keys, kind="stable")
+        run = np.cumsum(np.append(False, keys[order[1:]] != keys[order[:-1]]))               # (n,) equal keys, one run
         many = np.bincount(run)[run] > 1
         members.append(order[many]), buckets.append(run[many] * BANDS + band)
     members, buckets = np.concatenate(members), np.concatenate(buckets)
     order = np.argsort(members, kind="stable")
     members, buckets = members[order], buckets[order]
-    first, likeness, open_rows = np.arange(len(ids)), np.ones(len(ids)), {}
-    read = functools.lru_cache(10_000)(lambda i: shingles(json.loads(next(store.lines([ids[i]])))))
+    first, likeness = np.arange(len(ids)), np.ones(len(ids))
+    open_rows = collections.defaultdict(functools.partial(array.array, "q"))                 # bucket: kept rows
+    read = functools.lru_cache(2_000)(lambda i: shingles(json.loads(next(store.lines([ids[i]])))))
     starts = np.flatnonzero(np.append(True, members[1:] != members[:-1]))[:len(members)]
     for a, b in zip(tqdm(starts, desc="verify", unit="row"), np.append(starts[1:], len(members))):
         row, mine = int(members[a]), buckets[a:b].tolist()
-        for other in sorted({i for bucket in mine for i in open_rows.get(bucket, ())}):
+        others = np.unique(np.concatenate([open_rows[bucket] for bucket in mine]))
+        for other in others[(signs[others] == signs[row]).mean(1) >= LIKELY].tolist():
             j = jaccard(read(row), read(other))
             if j >= NEAR:
                 first[row], likeness[row] = other, j
                 break
         else:
             for bucket in mine:
-                open_rows.setdefault(bucket, []).append(row)
+                open_rows[bucket].append(row)
     return first, likeness
 
 
 def write_lines(path: Path, lines) -> None:
-    """Bytes lines into a file that is whole or not there."""
-    with open(f"{path}.writing", "wb") as f:
+    """Bytes lines into a file that is whole or not there; of two writers the last one's."""
+    temporary = f"{path}.{os.getpid()}"
+    with open(temporary, "wb") as f:
         f.writelines(lines)
-    os.replace(f"{path}.writing", path)
+    os.replace(temporary, path)
 
 
 def json_line(row: dict) -> bytes:
@@ -1293,7 +1313,7 @@ def dedup(store: Converted, work: Path, out: Path, args) -> dict:
 
 def benchmark_prompts(row: dict) -> list[str]:
     """A benchmark row's prompts: its turns (MT-Bench, Arena-Hard), question, prompt, ..., else its user turns."""
-    for name in ("turns", "question", "prompt", "instruction", "problem", "query"):
+    for name in PROMPTS:
         if isinstance(row.get(name), str):
             return [row[name]]
         if isinstance(row.get(name), list) and row[name]:
@@ -1301,9 +1321,25 @@ def benchmark_prompts(row: dict) -> list[str]:
     return [m["content"] for m in to_conversation(row).messages if m["role"] == "user"]
 
 
+def read_benchmarks(against: list[Source]) -> tuple[dict, int]:
+    """({gram: NAME:ROW of its first prompt}, number of prompts) of all benchmarks."""
+    benchmark, prompts = {}, 0
+    for source in against:
+        for n, row in load_source(source):
+            try:
+                texts = benchmark_prompts(row)
+            except ValueError as error:
+                raise ValueError(f"--against {source.name}:{n}: no prompt is found ({error}); a row needs a text or "
+                                 f"list named {', '.join(PROMPTS)}, or a conversation") from None
+            prompts += len(texts)
+            for gram in (gram for text in texts for gram in grams(text, BENCHMARK_GRAM)):
+                benchmark.setdefault(gram, f"{source.name}:{n}")
+    return benchmark, prompts
+
+
 def overlaps(store: Converted, ids, benchmark: dict, start: int, stop: int, file) -> None:
-    """[row, its first gram that a benchmark has, where] of rows ids[start:stop], as JSON. What is shorter than 13 words
-    counts whole, and in user turns alone: an answer 'yes' is not a benchmark's question."""
+    """[row, a gram that a benchmark has, where] of rows ids[start:stop], as JSON. A prompt shorter than 13 words counts
+    where a user turn equals it: an answer 'yes' is not a benchmark's question."""
     found = []
     for i, line in zip(ids[start:stop], store.lines(ids[start:stop])):
         line = json.loads(line)
@@ -1311,19 +1347,14 @@ def overlaps(store: Converted, ids, benchmark: dict, start: int, stop: int, file
         hits = [g for m in said for g in grams(m["content"], BENCHMARK_GRAM) if g in benchmark
                 and (m["role"] == "user" or g.count(" ") == BENCHMARK_GRAM - 1)]
         if hits:
-            found.append([int(i), min(hits), benchmark[min(hits)]])
+            gram = min(hits, key=lambda g: (-g.count(" "), g))                               # 13 words before fewer
+            found.append([int(i), gram, benchmark[gram]])
     file.write(json.dumps(found).encode())
 
 
-def decontaminate(store: Converted, work: Path, out: Path, args) -> dict:
-    """Rows that share 13 words in a row with a benchmark's prompt: hits.jsonl; with --remove the others: rows.jsonl."""
-    benchmark, prompts = {}, 0
-    for source in check_sources(args.against):
-        for n, row in load_source(source):
-            for text in benchmark_prompts(row):
-                prompts += 1
-                for gram in grams(text, BENCHMARK_GRAM):
-                    benchmark.setdefault(gram, f"{source.name}:{n}")
+def decontaminate(store: Converted, work: Path, out: Path, args, benchmark: dict, prompts: int) -> dict:
+    """Rows that share 13 words in a row with a benchmark's prompt, or a turn with a shorter one: hits.jsonl; with
+    --remove the others: rows.jsonl."""
     good = np.flatnonzero(~store.index["refused"])
     hits = [hit for path in in_chunks(functools.partial(overlaps, store, good, benchmark), len(good), work, "overlap",
                                       args.num_proc) for hit in json.loads(path.read_text())]
@@ -1333,13 +1364,16 @@ def decontaminate(store: Converted, work: Path, out: Path, args) -> dict:
     (out / "rows.jsonl").unlink(missing_ok=True)             # no other run's rows beside this report
     if args.remove:
         write_lines(out / "rows.jsonl", store.lines(np.setdiff1d(good, rows)))
-    print(f"{len(hits):,} of {len(good):,} rows share {BENCHMARK_GRAM} words in a row with one of {prompts:,} prompts"
-          + ("; removed" if args.remove else "; --remove leaves them out"))
+    shared = sum(gram.count(" ") == BENCHMARK_GRAM - 1 for _, gram, _ in hits)
+    print(f"of {len(good):,} rows {shared:,} share {BENCHMARK_GRAM} words in a row with one of {prompts:,} prompts, in "
+          f"{len(hits) - shared:,} more a user turn equals a shorter one; "
+          + ("removed" if args.remove else "--remove leaves them out"))
     for e in shown[:args.examples]:
         print(f"  {e['row']} and {e['benchmark']}: {e['shared']}")
     found = np.bincount(store.index["source"][rows], minlength=len(store.names))
-    return {"rows": len(good), "prompts": prompts, "hits": len(hits), "removed": len(hits) * args.remove,
-            "sources": dict(zip(distinct(store.names), found.tolist())), "examples": shown[:args.examples]}
+    return {"rows": len(good), "prompts": prompts, "hits": len(hits), "shared": shared, "short": len(hits) - shared,
+            "removed": len(hits) * args.remove, "sources": dict(zip(distinct(store.names), found.tolist())),
+            "examples": shown[:args.examples]}
 
 
 # ---------------------------------------------------------------------------------------------- selection
@@ -1357,13 +1391,11 @@ def a2(chosen, rejected, budget: int, least: float = 2.0, width: float = 1.0) ->
     Rounds: the best of each bin, the second best of each, ..., the bin of larger differences first, until `budget`.
     Ties in the order given; a missing score (NaN) never. (n,), (n,) -> indices in that order. Scores (9, 1), (9, 1),
     (7, 5), (8, 6), (9, 8), budget 3: 0, 3, 1."""
-    chosen, gaps = np.asarray(chosen, dtype=float), gap(chosen, rejected)
-    fit = np.flatnonzero(gaps >= least)                                                      # NaN compares false
-    bins = np.floor(np.round((gaps[fit] - least) / width, 9)).astype(int)
-    best = np.lexsort((fit, -chosen[fit], bins))                                             # by bin, chosen, order
-    new = np.append(True, bins[best][1:] != bins[best][:-1])[:len(best)]
-    place = np.arange(len(best)) - np.maximum.accumulate(np.where(new, np.arange(len(best)), 0))     # within its bin
-    return fit[best[np.lexsort((-bins[best], place))]][:budget]
+    gaps, bins = gap(chosen, rejected), {}
+    for i in highest(np.where(gaps >= least, chosen, np.nan), len(gaps)).tolist():           # NaN compares false
+        bins.setdefault(np.floor(np.round((gaps[i] - least) / width, 9)), []).append(i)
+    rounds = sorted((place, -b, i) for b, of in bins.items() for place, i in enumerate(of))
+    return np.array([i for *_, i in rounds[:budget]], dtype=int)
 
 
 def cosine(a, b) -> float:
@@ -1429,6 +1461,9 @@ def load_scorer(name: str, kind: str, trust_remote_code: bool = False):
         raise ValueError(f"--rm {name}: {model.config.num_labels} outputs; a reward model has one")
     if kind == "reward" and not tokenizer.chat_template:
         raise ValueError(f"--rm {name}: its tokenizer has no chat template to render a conversation with")
+    digits = {*tokenizer.convert_tokens_to_ids(list("123456"))} - {None, tokenizer.unk_token_id}
+    if kind == "rating" and len(digits) < 6:
+        raise ValueError(f'{name}: its vocabulary lacks tokens "1".."6", from whose logits a rating is computed')
     digest = hashlib.sha256(json.dumps([kind, name, getattr(model.config, "_commit_hash", None)]).encode())
     for path in sorted(Path(name).glob("*.*")) if os.path.isdir(name) else []:
         hash_file(digest, path)
@@ -1449,35 +1484,39 @@ def score_batch(tokenizer, model, kind: str, rows: list[list[int]], pad: int) ->
         hidden = model.base_model(input_ids=x, attention_mask=mask).last_hidden_state
         hidden = hidden[range(len(rows)), last]                                              # (B, D)
         if kind == "embedding":
-            return [base64.b64encode(h.float().cpu().numpy().tobytes()).decode() for h in hidden]
+            return hidden.float().cpu().numpy()
         digits = model.get_output_embeddings()(hidden)[:, tokenizer.convert_tokens_to_ids(list("123456"))].double()
         return (digits.softmax(-1) @ torch.arange(1, 7, dtype=torch.double, device=digits.device)).tolist()
 
 
 def score_texts(scorer, kind: str, texts: list[str], folder: Path, batch_tokens: int) -> list:
     """score_batch of every text, by batches of like length, kept in a file as they come: what is there is not computed
-    again. None for a text that is longer than the model reads; ValueError for a value that is not finite."""
+    again. An embedding's value is its row in KIND-KEY.f32, raw float32. None for a text that is longer than the model
+    reads; ValueError for a value that is not finite."""
     import torch
     from tqdm import tqdm
     tokenizer, model, key = scorer
     folder.mkdir(parents=True, exist_ok=True)
     path, done = folder / f"{kind}-{key}.jsonl", {}
+    binary = path.with_suffix(".f32") if kind == "embedding" else os.devnull
     name = lambda text: hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     whole = 0
-    with open(path, "ab+") as f:
+    with open(path, "ab+") as f, open(binary, "ab") as vectors:
         fcntl.lockf(f, fcntl.LOCK_EX)                       # one process adds to it at a time
         f.seek(0)
         for line in f:
             if line.endswith(b"\n"):
                 done.update([json.loads(line)])
                 whole += len(line)
-        f.truncate(whole)                                   # a torn last line
+        f.truncate(whole)                                   # a torn last line, and vectors without a line
+        if kind == "embedding":
+            vectors.truncate(4 * model.config.get_text_config().hidden_size * len(done))
         todo = list(dict.fromkeys(text for text in texts if name(text) not in done))
         ids = [tokenizer(t, add_special_tokens=kind != "reward").input_ids for t in tqdm(todo, desc="tokenise")]
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         pad = tokenizer.pad_token_id
         padded = pad is not None and pad != tokenizer.eos_token_id
-        model.config.pad_token_id = pad if padded else -1   # a classifier reads the last token that is no padding:
+        model.config.get_text_config().pad_token_id = pad if padded else -1         # a classifier reads the last other
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         order = sorted((i for i in range(len(todo)) if len(ids[i]) <= limit), key=lambda i: -len(ids[i]))
         with tqdm(total=len(texts), initial=len(texts) - len(order), desc=kind, unit="text") as bar:
@@ -1486,6 +1525,9 @@ def score_texts(scorer, kind: str, texts: list[str], folder: Path, batch_tokens:
                 part = [i for i in order[:n] if padded or len(ids[i]) == len(ids[order[0]])]    # else of equal length
                 order = order[len(part):]
                 values = score_batch(tokenizer, model, kind, [ids[i] for i in part], pad if padded else 0)
+                if kind == "embedding":
+                    vectors.write(values.tobytes()), vectors.flush()
+                    values = range(len(done), len(done) + len(part))
                 for i, value in zip(part, values):
                     if isinstance(value, float) and not math.isfinite(value):
                         raise ValueError(f"{kind}: the model gives {value} for {todo[i][:80]!r}; try float32 weights")
@@ -1510,8 +1552,9 @@ def answer_lengths(store: Converted, ids, tokenizer, start: int, stop: int, file
     np.save(file, np.array(out, dtype=np.int64))
 
 
-def deita_scores(store: Converted, ids, args) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) sum over turns of complexity x quality, NaN where one is too long; (n, D) embeddings, zero there."""
+def deita_scores(store: Converted, ids, args) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(n,) sum over turns of complexity x quality, NaN where one is too long; (n,) each row's place among the (m, D)
+    embeddings, which stay on disk."""
     asked, whole, owner = [], [], []
     for r, line in enumerate(map(json.loads, store.lines(ids))):
         said = answered(line)
@@ -1520,33 +1563,45 @@ def deita_scores(store: Converted, ids, args) -> tuple[np.ndarray, np.ndarray]:
                 if (q["role"], a["role"]) == ("user", "assistant")]
         asked += turn
         owner += [r] * len(turn)
-
-    def scored(name: str, kind: str, texts: list[str]) -> list:
-        return score_texts(load_scorer(name, kind, args.trust_remote_code), kind, texts,
-                           cache_folder(args.cache_dir) / "scores", args.batch_tokens)
+    folder = cache_folder(args.cache_dir) / "scores"
     product, total = np.ones(len(asked)), np.zeros(len(ids))
     for kind, name in (("complexity", args.complexity_model), ("quality", args.quality_model)):
-        found = scored(name, "rating", [DEITA[kind].format(**t) for t in asked])
+        found = score_texts(load_scorer(name, "rating", args.trust_remote_code), "rating",
+                            [DEITA[kind].format(**t) for t in asked], folder, args.batch_tokens)
         product *= [np.nan if x is None else x for x in found]
     np.add.at(total, owner, product)
-    vectors = [x and np.frombuffer(base64.b64decode(x), dtype=np.float32)
-               for x in scored(args.embedding_model, "embedding", whole)]
-    zero = np.zeros_like(next((v for v in vectors if v is not None), np.zeros(1, dtype=np.float32)))
-    total[[v is None for v in vectors]] = np.nan
-    return total, np.stack([zero if v is None else v for v in vectors])
+    scorer = load_scorer(args.embedding_model, "embedding", args.trust_remote_code)
+    at = np.array([-1 if x is None else x for x in score_texts(scorer, "embedding", whole, folder, args.batch_tokens)])
+    total[at < 0] = np.nan
+    file, width = folder / f"embedding-{scorer[2]}.f32", scorer[1].config.get_text_config().hidden_size
+    return total, at, np.memmap(file, np.float32, "r").reshape(-1, width) if (at >= 0).any() else np.zeros((0, width))
+
+
+def check_scale(store: Converted, ids) -> None:
+    """ValueError where a known score of rows `ids` is no rating of 1..10: a reward or a logit is on another scale."""
+    for which in ("score_chosen", "score_rejected"):
+        x = store.index[which][ids]
+        if len(bad := np.flatnonzero((x < 1) | (x > 10))):                                   # NaN compares false
+            raise ValueError(f"{store.where(ids[bad[0]])}: {which} {x[bad[0]]:g} is no rating of 1..10, on which this "
+                             f"rule counts ({len(bad)} such row(s)); rescale or drop it")
 
 
 def select(store: Converted, work: Path, out: Path, args) -> dict:
     """--budget rows by --method, in rows.jsonl with their selection_score, best first; select.png: before and after."""
-    good = np.flatnonzero(~store.index["refused"])
-    good = good[first_of_equal(store.index["key"][good]) == np.arange(len(good))]
+    good, method = np.flatnonzero(~store.index["refused"]), args.method
     chosen, rejected = (store.index[k][good] for k in ("score_chosen", "score_rejected"))
-    gaps, method = gap(chosen, rejected), args.method
+    gaps = gap(chosen, rejected)
     needs = {"alpagasus": chosen, "argilla": gaps, "a2": gaps}.get(method)
-    if needs is not None and np.isnan(needs).all():
-        raise ValueError(f"--method {method}: none of the {len(good)} rows has the ratings that it needs; name a rated "
-                         "source, or annotate this one first (python data.py annotate)")
-    score, order = needs, None
+    order = np.arange(len(good))
+    if needs is not None:
+        check_scale(store, good)
+        if np.isnan(needs).all():
+            raise ValueError(f"--method {method}: none of the {len(good)} rows has the ratings that it needs; name a "
+                             "rated source, or annotate this one first (python data.py annotate)")
+        order = np.argsort(np.isnan(needs), kind="stable")     # of equal rows the first stays that has what is needed
+    kept = np.sort(order[first_of_equal(store.index["key"][good[order]]) == np.arange(len(good))])
+    duplicates, good, chosen, rejected, gaps = len(good) - len(kept), *(x[kept] for x in (good, chosen, rejected, gaps))
+    score, order = None if needs is None else needs[kept], None
     if method == "random":
         order = permutation(len(good), args.seed)[:args.budget]
     elif method == "longest":
@@ -1555,12 +1610,15 @@ def select(store: Converted, work: Path, out: Path, args) -> dict:
         score = np.concatenate([np.load(p) for p in in_chunks(functools.partial(answer_lengths, store, good, tokenizer),
                                                               len(good), work, "lengths", args.num_proc)]).astype(float)
     elif method == "deita":
-        score, vectors = deita_scores(store, good, args)
-        order = np.array(diverse(vectors, highest(score, len(score)), args.budget), dtype=int)
+        score, at, vectors = deita_scores(store, good, args)
+        best = highest(score, len(score))
+        of = {int(at[i]): i for i in best[::-1]}            # equal texts have one embedding: the best one's
+        order = np.array([of[k] for k in diverse(vectors, at[best], args.budget)], dtype=int)
     elif method == "a2":
         order = a2(chosen, rejected, args.budget)
     order = highest(score, args.budget) if order is None else order
     missing = 0 if score is None else int(np.isnan(score).sum())
+    print(f"{len(good):,} rows, {duplicates:,} duplicates left out")
     if len(order) < args.budget:
         print(f"{method}: {len(order):,} rows, fewer than --budget {args.budget:,}: of {len(good):,} rows {missing:,} "
               "have no score, the others are left out by the rule")
@@ -1568,15 +1626,15 @@ def select(store: Converted, work: Path, out: Path, args) -> dict:
     write_lines(out / "rows.jsonl", (json_line(json.loads(line) | {"selection_score": x})
                                      for x, line in zip(values, store.lines(good[order]))))
     named = {"score difference": gaps, "rating of chosen": chosen} if args.pairs else {}
-    named |= {} if score is None or method in ("argilla", "a2", "alpagasus") else {
-        {"longest": "answer tokens", "deita": "complexity x quality"}[method]: score}
+    named |= {k: score for m, k in (("longest", "answer tokens"), ("deita", "complexity x quality")) if m == method}
     figure(out / "select.png", [(name, "share of rows", {"before": x, f"after {method}": x[order]})
                                 for name, x in named.items()])
     means = {name: [float(np.nanmean(x)), float(np.nanmean(x[order]))] for name, x in named.items()
              if not np.isnan(x[order]).all()}
     for name, (before, after) in means.items():
         print(f"{name}: mean {before:.3f} before, {after:.3f} after")
-    report = {"method": method, "rows": len(good), "without_score": missing, "selected": len(order), "means": means}
+    report = {"method": method, "rows": len(good), "duplicates": duplicates, "without_score": missing,
+              "selected": len(order), "means": means}
     if method == "a2":
         bins, counts = np.unique(np.floor(gaps[order]).astype(int), return_counts=True)
         report["bins"] = {f"{b}..{b + 1}": int(n) for b, n in zip(bins, counts)}
@@ -1590,8 +1648,7 @@ def figure(path: Path, panels: list[tuple]) -> None:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    empty = lambda v: np.ndim(v) == 1 and np.isnan(v).all()          # no scores: no panel
-    panels = [p for p in panels if not all(not isinstance(v, tuple) and empty(v) for v in p[2].values())]
+    panels = [p for p in panels if not all(np.ndim(v) == 1 and np.isnan(v).all() for v in p[2].values())]  # no scores
     fig, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(5.5 * max(1, len(panels)), 4), squeeze=False)
     for ax, (xlabel, ylabel, series) in zip(axes[0], panels):
         ax.set(xlabel=xlabel, ylabel=ylabel)
@@ -1611,9 +1668,10 @@ def figure(path: Path, panels: list[tuple]) -> None:
                         label=f"{name} (n = {len(x):,})")
         ax.legend()
     fig.tight_layout()
-    fig.savefig(f"{path}.writing", dpi=120, format="png")
+    png = io.BytesIO()
+    fig.savefig(png, dpi=120, format="png")
     pyplot.close(fig)
-    os.replace(f"{path}.writing", path)
+    write_lines(path, [png.getbuffer()])
 
 
 # --------------------------------------------------------------------------------------------- annotation
@@ -1627,7 +1685,9 @@ def fit_ratings(rewards, ratings, degree: int) -> tuple[float, float, np.ndarray
     known = ~np.isnan(ratings) & ~np.isnan(rewards)
     low, high = np.nanmin(rewards, initial=np.inf), np.nanmax(rewards, initial=-np.inf)
     if not known.any():
-        raise ValueError("annotate: no row has a rating to fit the rewards to; add a rated source to --data")
+        raise ValueError("annotate: " + (
+            "no row has a rating to fit the rewards to; add a rated source to --data" if np.isnan(ratings).all() else
+            "no rated answer has a reward: the model reads none so long"))
     if len(np.unique(ratings[known])) < 2:
         raise ValueError(f"annotate: all {known.sum()} known ratings are {ratings[known][0]:g}; a constant column fits "
                          "nothing")
@@ -1641,6 +1701,7 @@ def fit_ratings(rewards, ratings, degree: int) -> tuple[float, float, np.ndarray
 def annotate(store: Converted, work: Path, out: Path, args) -> dict:
     """Both answers of every pair scored by --rm, mapped onto the ratings that are known; known ratings stay."""
     good = np.flatnonzero(~store.index["refused"])
+    check_scale(store, good)
     scorer = load_scorer(args.rm, "reward", args.trust_remote_code)
     texts = [render(scorer[0], line["prompt"] + line[which]) for which in ("chosen", "rejected")
              for line in map(json.loads, store.lines(good))]
@@ -1650,14 +1711,14 @@ def annotate(store: Converted, work: Path, out: Path, args) -> dict:
     low, high, c = fit_ratings(rewards.ravel(), ratings.ravel(), args.degree)
     raw = np.polynomial.polynomial.polyval((rewards - low) / (high - low), c)
     predicted, known = np.clip(raw, 1, 10), ~np.isnan(ratings) & ~np.isnan(rewards)
-    final = np.where(np.isnan(ratings), predicted, ratings)
+    final, annotated = np.where(np.isnan(ratings), predicted, ratings), np.isnan(ratings) & ~np.isnan(rewards)
 
     def lines():
         for k, line in enumerate(map(json.loads, store.lines(good))):
             for s, which in enumerate(("chosen", "rejected")):
                 score, reward = (None if np.isnan(x[s, k]) else float(x[s, k]) for x in (final, rewards))
                 line |= {f"score_{which}": score, f"reward_{which}": reward,
-                         f"annotated_{which}": bool(np.isnan(ratings[s, k]))}
+                         f"annotated_{which}": bool(annotated[s, k])}
             yield json_line(line)
     write_lines(out / "rows.jsonl", lines())
     figure(out / "annotate.png", [("rating given", "rating predicted", {
@@ -1667,16 +1728,12 @@ def annotate(store: Converted, work: Path, out: Path, args) -> dict:
     report = {"pairs": len(good), "scored_pairs": int(both.sum()), "ties": int((rewards[0] == rewards[1]).sum()),
               "agreement": float((rewards[0] > rewards[1])[both].sum() / max(1, both.sum())),
               "rated_answers": int(known.sum()),
-              "annotated_answers": int((np.isnan(ratings) & ~np.isnan(rewards)).sum()),
-              "clipped": int((raw != predicted)[~np.isnan(raw)].sum()), "too_long": int(np.isnan(rewards).sum()),
+              "annotated_answers": int(annotated.sum()), "clipped": int((raw != predicted)[~np.isnan(raw)].sum()),
+              "too_long": int(np.isnan(rewards).sum()),
               "low": low, "high": high, "monotone": bool((slope >= 0).all()), "coefficients": c.tolist(),
               "mse": float((error ** 2).mean()), "mae": float(np.abs(error).mean())}
-    print("the reward model agrees with the label on {agreement:.2%} of {scored_pairs:,} pairs ({ties:,} ties)\n"
-          "rating = sum over k of {coefficients} z^k, z = (reward - {low:g}) / ({high:g} - {low:g}), fitted on "
-          "{rated_answers:,} ratings;\nthere, not held out: mean squared error {mse:.3f}, absolute {mae:.3f}\n"
-          "{annotated_answers:,} answers annotated, {clipped:,} predictions clipped to 1..10, {too_long:,} answers too "
-          "long for the model and left without".format(**report)
-          + ("" if report["monotone"] else "\nthe fit falls somewhere: a higher reward is not always a higher rating"))
+    print("rating = sum over k of coefficients z^k, z = (reward - low) / (high - low), clipped to 1..10; errors on "
+          "what was fitted", *(f"{k}: {v}" for k, v in report.items()), sep="\n")
     return report
 
 
@@ -1755,15 +1812,9 @@ def demo_pairs(n: int, seed: int = 0, split: str = "train") -> list[dict]:
 def marked(input_ids, targets, tokenizer, colour: bool) -> str:
     """Text of a row with its trained tokens in green, or between brackets where there is no colour."""
     on, off = ("\033[32m", "\033[0m") if colour else ("\u27e6", "\u27e7")
-    out, a = "", 0
-    while a < len(input_ids):
-        b = a
-        while b < len(input_ids) and targets[b] == targets[a]:
-            b += 1
-        text = tokenizer.decode(input_ids[a:b])
-        out += on + text + off if targets[a] else text
-        a = b
-    return out
+    runs = itertools.groupby(zip(input_ids, targets), key=lambda token: token[1])
+    texts = [(trained, tokenizer.decode([i for i, _ in run])) for trained, run in runs]
+    return "".join(on + text + off if trained else text for trained, text in texts)
 
 
 def stats_figure(path: Path, made: Prepared, pairs: bool) -> None:
@@ -1820,7 +1871,7 @@ def parser() -> argparse.ArgumentParser:
         add("--num-proc", type=int, help="processes; None: all cores")
         add("--cache-dir", help="half-done work, prepared rows, scores; None: ~/.cache/lions")
         if output:
-            add("--output", default=f"runs/{name}", help="folder of report.json, rows.jsonl and pictures")
+            add("--output", help=f"folder of report.json, rows.jsonl, pictures; None: runs/{name}, of select -METHOD")
         return add
     for name, help in (("show", "rows with the trained tokens marked"),
                        ("stats", "examples and tokens per source, as a table and a picture")):
@@ -1883,21 +1934,27 @@ def main(argv=None) -> dict:
     args.pairs = getattr(args, "pairs", True)
     check_flags(args)
     args.data = args.data or ["demo-pairs" if args.pairs else "demo"]
+    named = f"-{args.method}" if args.command == "select" else ""
+    args.output = getattr(args, "output", None) or f"runs/{args.command}{named}"
+    parsed, out = check_sources(args.data), Path(args.output)
+    for s in parsed if not args.pairs else []:
+        if {"chosen", "rejected"} <= set(next(load_source(s), (0, {}))[1]):
+            raise ValueError(f"--data {s.name}: preference rows; add --pairs, or their rejected answers are lost")
     if args.command not in COMMANDS:
         return show_or_stats(args)
-    parsed, out = check_sources(args.data), Path(args.output)
-    if any(local_kind(s.name) and out.resolve() in Path(s.name).resolve().parents for s in parsed):
-        raise ValueError(f"--output {out}: holds what --data reads; name another folder")
     flags = {k: v for k, v in vars(args).items() if k not in ("output", "cache_dir", "num_proc")}
-    against = [fingerprint(s) for s in check_sources(getattr(args, "against", []))]
-    key = hashlib.sha256(json.dumps([flags, [fingerprint(s) for s in parsed], against, Path(__file__).read_text()])
-                         .encode()).hexdigest()[:32]
+    against = check_sources(getattr(args, "against", []))
+    if any(local_kind(s.name) and out.resolve() in (Path(s.name).resolve() / "x").parents for s in parsed + against):
+        raise ValueError(f"--output {out}: holds what --data or --against reads; name another folder")
+    benchmarks = read_benchmarks(against) if against else ()
+    key = hashlib.sha256(json.dumps([flags, *([fingerprint(s) for s in of] for of in (parsed, against)),
+                                     Path(__file__).read_text()]).encode()).hexdigest()[:32]
     out.mkdir(parents=True, exist_ok=True)
     with work_folder(cache_folder(args.cache_dir) / f"{args.command}-{key}.writing") as work:
         store = convert(parsed, args.pairs, args.seed, work)
         reasons = by_reason(store, refused_rows(store))
         check_rows(reasons, "refuse", int((~store.index["refused"]).sum()))
-        report = COMMANDS[args.command](store, work, out, args)
+        report = COMMANDS[args.command](store, work, out, args, *benchmarks)
     report["refused"] = dict(zip(distinct(store.names), reasons))
     print("\n".join(refused_lines(report["refused"])))
     write_report(out, report | {"flags": vars(args)})

@@ -52,7 +52,7 @@ def lions(work: Path) -> dict:
     lines = [json.loads(x) for x in (work / "run/metrics.jsonl").read_text().splitlines()]
     tokens, targets = sum(x["tokens"] for x in lines), sum(x["targets"] for x in lines)
     import datasets
-    lengths = np.asarray(datasets.load_from_disk(str(next((work / "cache").iterdir())))["length"], dtype=float)
+    lengths = np.asarray(datasets.load_from_disk(str(next((work / "cache").glob("*/stats.json")).parent))["length"], dtype=float)
     body = json.loads((work / "run/run.json").read_text())["parameters"] - 32000 * 384
     flops = 6 * body * tokens + 6 * 32000 * 384 * targets + 6 * 6 * 384 * (lengths ** 2).sum()
     return {"seconds": tokens / result["tokens_per_s"], "tokens": tokens, "flops": flops}

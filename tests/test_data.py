@@ -208,7 +208,7 @@ def test_csv_parquet_folder(chatml, tmp_path):
 
 def test_cache_follows_content_and_settings(chatml, tmp_path):
     a = write(tmp_path / "a.jsonl", [{"messages": QA}])
-    folders = lambda: len([p for p in (tmp_path / "cache").iterdir()])
+    folders = lambda: len(list((tmp_path / "cache").glob("*/stats.json")))
     for change, expected in [({}, 1), ({}, 1), ({"max_length": 63}, 2), ({"loss_on": "all"}, 3)]:
         prepare([a], chatml, tmp_path, **change)
         assert folders() == expected
@@ -241,7 +241,7 @@ def test_bad_files(text, message, chatml, tmp_path):
     (tmp_path / "bad.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         prepare([str(tmp_path / "bad.jsonl")], chatml, tmp_path)
-    assert not list((tmp_path / "cache").glob("*"))
+    assert not list((tmp_path / "cache").glob("*.writing"))
 
 
 def test_missing_file_and_fraction(chatml, tmp_path):

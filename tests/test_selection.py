@@ -96,6 +96,31 @@ def test_near_does_not_hang_on_hash_seed_or_processes(tmp_path, near_files):
     assert len(seen) == 1
 
 
+def test_a_shared_frame_is_not_verified_row_by_row(tmp_path, monkeypatch):
+    """600 rows of one system prompt (J about 0.55 by it alone) and ten near copies: the copies go, and few of the
+    180,000 pairs that share a band come to the exact Jaccard."""
+    pytest.importorskip("rensa")
+    rng, verified, plain = random.Random(3), [], data.jaccard
+    frame, asked = " ".join(words(rng, 120)), [words(rng, 40) for _ in range(600)]
+    asked += [t[:20] + ["new"] + t[21:] for t in asked[:10]]
+    rows = [{"messages": [{"role": "system", "content": frame}, *data.ask(" ".join(t[:30]), " ".join(t[30:]))]}
+            for t in asked]
+    monkeypatch.setattr(data, "jaccard", lambda a, b: verified.append(1) or plain(a, b))
+    made, kept = run(tmp_path, "dedup", "--near", "--data", write(tmp_path / "a.jsonl", rows))
+    assert [r["row"] for r in kept] == list(range(1, 601)) and made["near"] == 10
+    assert len(verified) < 2500
+
+
+def test_an_operator_or_a_sign_makes_another_row(tmp_path):
+    """12 + 30 and 12 - 30, f(x) and f[x]: not near, though their words are the same; a word of 100 changed is."""
+    pytest.importorskip("rensa")
+    made = [("What is 12 + 30 of it?", "a"), ("What is 12 - 30 of it?", "a"), ("f(x) == -1", "b"), ("f[x] != 1", "b"),
+            *((" ".join(["w"] * 3 + [f"w{i}" for i in range(100)] + end), "c") for end in ([], ["end"]))]
+    made, rows = run(tmp_path, "dedup", "--near", "--data", write(tmp_path / "a.jsonl", [
+        {"query": q, "response": a} for q, a in made]))
+    assert [r["row"] for r in rows] == [1, 2, 3, 4, 5]
+
+
 def test_pairs_are_near_in_each_part(tmp_path):
     """A long prompt in common does not make another answer, or another rejected one, a duplicate."""
     pytest.importorskip("rensa")
@@ -129,7 +154,47 @@ def test_work_goes_on_after_a_crash_and_goes_when_done(tmp_path, near_files, mon
         run(tmp_path, *flags)
     assert list((tmp_path / "cache").glob("*.writing"))
     assert run(tmp_path, *flags)[0]["hits"] == 63 and done == [0, 20, 20, 40, 60]
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache").glob("*.writing"))
+
+
+def enter_and_leave(folder: Path, rounds: int):
+    """A process of test_work_folder: its file is alone in the folder, then the folder goes."""
+    for i in range(rounds):
+        with data.work_folder(folder) as work:
+            (work / f"{os.getpid()}-{i}").touch()
+            assert [f.name for f in work.iterdir()] == [f"{os.getpid()}-{i}"]
+
+
+def test_work_folder_is_one_process_at_a_time(tmp_path):
+    """Four processes take turns in a folder that each of them removes."""
+    context = data.multiprocessing.get_context("fork")
+    ran = [context.Process(target=enter_and_leave, args=(tmp_path / "deep/x.writing", 200)) for _ in range(4)]
+    for p in ran:
+        p.start()
+    for p in ran:
+        p.join()
+    assert [p.exitcode for p in ran] == [0] * 4 and not (tmp_path / "deep/x.writing").exists()
+
+
+def write_often(path: Path, text: str):
+    for _ in range(200):
+        data.write_lines(path, [text.encode()] * 100)
+
+
+def test_writers_of_one_file_do_not_mix(tmp_path):
+    context = data.multiprocessing.get_context("fork")
+    ran = [context.Process(target=write_often, args=(tmp_path / "f", text)) for text in ("a" * 999, "b" * 5000)]
+    for p in ran:
+        p.start()
+    while any(p.is_alive() for p in ran):
+        assert not (tmp_path / "f").exists() or len(set((tmp_path / "f").read_text())) == 1
+    assert [p.exitcode for p in ran] == [0, 0] and [f.name for f in tmp_path.iterdir()] == ["f"]
+
+
+def test_each_method_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = data.main(["select", "--method", "random", "--budget", "2", "--data", "demo:test", "--cache-dir", "c"])
+    assert made["output"] == "runs/select-random" and (tmp_path / "runs/select-random/rows.jsonl").exists()
 
 
 # --------------------------------------------------------------------------------------- contamination
@@ -147,6 +212,27 @@ def test_decontaminate_by_hand(tmp_path):
     assert [r["row"] for r in kept] == [2, 3, 6, 7] and made["prompts"] == 4
     hits = [json.loads(x) for x in (tmp_path / "out/hits.jsonl").read_text().splitlines()]
     assert [h["benchmark"][-1] for h in hits] == ["1", "1", "2", "3"] and hits[2]["shared"] == "who am i"
+    assert made == made | {"shared": 2, "short": 2}
+
+
+def test_benchmarks_that_are_read_and_one_that_is_not(tmp_path):
+    """HellaSwag's ctx, Winogrande's sentence; what is no benchmark is named by its line, early."""
+    a = write(tmp_path / "a.jsonl", [{"query": q, "response": "a"} for q in ("A man sits", "the _ fell", "other")])
+    bench = write(tmp_path / "b.jsonl", [{"ctx": "A man sits.", "endings": ["x"]}, {"sentence": "The _ fell."}])
+    assert run(tmp_path, "decontaminate", "--data", a, "--against", bench)[0]["short"] == 2
+    bad = write(tmp_path / "c.jsonl", [{"question": "q"}, {"texte": "q"}])
+    with pytest.raises(ValueError, match="--against .*c.jsonl:2: .*ctx.*sentence"):
+        run(tmp_path, "decontaminate", "--data", a, "--against", bad, "--output", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("flags", [("dedup",), ("stats",), ("show",), ("select", "--method", "random", "--budget", 1),
+                                   ("decontaminate", "--against", "demo:test")])
+def test_preference_rows_without_pairs_are_refused(flags, tmp_path):
+    """They would lose their rejected answers; sft.py goes on reading them as prompt + chosen."""
+    p = write(tmp_path / "p.jsonl", [pair("q", "a", "b")])
+    with pytest.raises(ValueError, match="p.jsonl.*add --pairs"):
+        data.main([*map(str, flags), "--data", p, "--cache-dir", str(tmp_path / "c")])
 
 
 # ------------------------------------------------------------------------------------------- selection
@@ -246,6 +332,16 @@ def test_select_command(method, expected, tmp_path):
     json.loads((tmp_path / "out/report.json").read_text(), parse_constant=lambda x: pytest.fail(x))
 
 
+@pytest.mark.parametrize("method, row", [("a2", 3), ("argilla", 3), ("alpagasus", 2), ("random", 1)])
+def test_of_equal_rows_a_rated_method_keeps_the_first_rated(method, row, tmp_path, capsys):
+    """Copies unrated, half rated, rated 9 and 1, rated 8 and 1: one stays, three are counted."""
+    copies = [pair("q", "a", "b", s) for s in ((None, None), (9, None), (9, 1), (8, 1))]
+    made, rows = run(tmp_path, "select", "--pairs", "--method", method, "--budget", 2, "--data",
+                     write(tmp_path / "p.jsonl", [*copies, pair("r", "a", "b", (7, 1))]))
+    assert {r["row"] for r in rows} == {row, 5} and made["duplicates"] == 3 and made["rows"] == 2
+    assert "3 duplicates" in capsys.readouterr().out
+
+
 def test_select_says_what_it_cannot_do(tmp_path, capsys):
     plain = write(tmp_path / "a.jsonl", [pair("q", "a", "b"), pair("r", "a", "b")])
     with pytest.raises(ValueError, match="none of the 2 rows has the ratings"):
@@ -256,11 +352,29 @@ def test_select_says_what_it_cannot_do(tmp_path, capsys):
     assert len(rows) == 2 and "fewer than --budget 9" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("scores, wrong", [((-14.5, -20), "score_chosen -14.5"), ((9, 0.25), "score_rejected 0.25"),
+                                           ((12, 3), "score_chosen 12")])
+def test_a_score_that_is_no_rating_is_named(scores, wrong, models, tmp_path):
+    """Rewards and logits under a rating's name: conversion keeps them, what counts on 1..10 refuses them."""
+    p = write(tmp_path / "p.jsonl", [*RATED, pair("x", "y", "z", scores), pair("u", "v", "w", scores)])
+    for flags in (*(("select", "--pairs", "--budget", 3, "--method", m) for m in ("a2", "argilla", "alpagasus")),
+                  ("annotate", "--rm", models / "rm")):
+        with pytest.raises(ValueError, match=f"p.jsonl:9: {wrong} .*1..10.*2 such"):
+            run(tmp_path, *flags, "--data", p)
+    assert len(run(tmp_path, "select", "--pairs", "--method", "longest", "--budget", 99, "--data", p)[1]) == 10
+
+
 def test_output_never_stands_on_its_input(tmp_path):
     (tmp_path / "out").mkdir()
     a = write(tmp_path / "out/rows.jsonl", [{"query": "q", "response": "a"}])
-    with pytest.raises(ValueError, match="holds what --data reads"):
+    with pytest.raises(ValueError, match="holds what --data or --against reads"):
         run(tmp_path, "dedup", "--data", a)
+    with pytest.raises(ValueError, match="holds what --data or --against reads"):
+        run(tmp_path, "decontaminate", "--data", "demo:test", "--against", a)
+    import datasets
+    datasets.Dataset.from_list([{"query": "q", "response": "a"}]).save_to_disk(str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="holds what --data or --against reads"):
+        run(tmp_path, "dedup", "--data", tmp_path / "out")
 
 
 def test_random_is_nested_and_seeded(tmp_path):
@@ -309,8 +423,12 @@ def test_rewards_and_deita_scores_one_at_a_time(models, tmp_path):
     assert np.allclose(found, [(np.arange(1, 7) * x).sum() for x in p], atol=1e-5)
     hidden = [model.model(input_ids=x).last_hidden_state[0, -1].detach().numpy() for x in ids]
     found = data.score_texts(lm, "embedding", texts, tmp_path, 100)
-    vectors = [np.frombuffer(data.base64.b64decode(x), np.float32) for x in found]
-    assert np.allclose(vectors, hidden, atol=1e-5)
+    read = lambda: np.fromfile(tmp_path / f"embedding-{lm[2]}.f32", np.float32).reshape(-1, 32)
+    assert np.allclose(read()[found], hidden, atol=1e-5) and len(read()) == 4
+    with open(tmp_path / f"embedding-{lm[2]}.f32", "ab") as f:
+        f.write(b"a vector whose line a kill left out")
+    found = data.score_texts(lm, "embedding", [*texts, "new"], tmp_path, 100)
+    assert np.allclose(read()[found[:5]], hidden, atol=1e-5) and found[5] == 4 and len(read()) == 5
     assert data.score_texts((tokenizer, model, lm[2]), "rating", ["x" * 301], tmp_path, 100) == [None]
 
 
@@ -376,6 +494,14 @@ def test_models_that_cannot_score_are_refused(models, tmp_path):
         run(tmp_path, "annotate", "--rm", models / "two", "--data", p)
     with pytest.raises(ValueError, match="lm: no weights for.*score"):
         data.load_scorer(str(models / "lm"), "reward")
+    odd = tmp_path / "odd"                                  # a vocabulary without digits
+    data.shutil.copytree(models / "lm", odd)
+    made = json.loads((odd / "tokenizer.json").read_text())
+    made["model"]["vocab"] = {k.replace("5", "five"): v for k, v in made["model"]["vocab"].items()}
+    (odd / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(ValueError, match='odd: .*"1".."6"'):
+        data.load_scorer(str(odd), "rating")
+    data.load_scorer(str(odd), "embedding")
     remote = tmp_path / "remote"
     remote.mkdir()
     (remote / "config.json").write_text(json.dumps({"model_type": "odd", "auto_map": {"AutoModel": "odd.Odd"}}))
@@ -400,7 +526,7 @@ def test_fit_equals_numpy_and_a_known_answer():
 
 @pytest.mark.parametrize("ratings, rewards, why", [
     ([NAN, NAN], [1, 2], "no row has a rating"), ([3, 3], [1, 2], "constant"), ([1, 2], [5, 5], "1 different rewards"),
-    ([1, 2], [NAN, NAN], "no row has a rating")])
+    ([1, 2], [NAN, NAN], "no rated answer has a reward"), ([1, NAN], [NAN, 2], "no rated answer has a reward")])
 def test_fit_needs_ratings_that_differ(ratings, rewards, why):
     with pytest.raises(ValueError, match=f"annotate: .*{why}"):
         data.fit_ratings(rewards, ratings, 1)
@@ -427,6 +553,15 @@ def test_annotate_command(models, tmp_path, degree):
     assert data.to_pair(out[-1]).score_chosen == out[-1]["score_chosen"]
 
 
+def test_an_answer_too_long_to_score_is_not_annotated(models, tmp_path):
+    """Its score stays missing, and so says its mark."""
+    rows = [*RATED, pair("q", "a" * 400, "b")]
+    made, out = run(tmp_path, "annotate", "--rm", models / "rm", "--data", write(tmp_path / "p.jsonl", rows))
+    assert made["too_long"] == 1 and made["annotated_answers"] == 3 == sum(
+        r["annotated_chosen"] + r["annotated_rejected"] for r in out)
+    assert out[-1]["score_chosen"] is None and not out[-1]["annotated_chosen"] and out[-1]["annotated_rejected"]
+
+
 def test_annotate_without_ratings(models, tmp_path):
     for rows, why in (([pair("q", "a", "b"), pair("r", "a", "b")], "no row has a rating"),
                       ([pair("q", "a", "b", (3, 3)), pair("r", "a", "b")], "constant")):
@@ -444,6 +579,23 @@ def test_stats_command(tmp_path, capsys):
     assert np.isclose(total["mean_gap"], (8 + 8 + 2 + 2 + 1 + 0) / 6) and report["sources"][b]["ratings"] == 0
     text = capsys.readouterr().out
     assert "p90" in text and "gap" in text and (tmp_path / "out/stats.png").stat().st_size > 5000
+
+
+def test_the_first_source_outlives_a_step(tmp_path):
+    """dedup, then select, then stats: rows still say which file and row they come from, beside rows of other files."""
+    a = write(tmp_path / "a.jsonl", [{"query": f"q{i}", "response": "a"} for i in (0, 0, 1)])
+    b = write(tmp_path / "b.jsonl", [{"query": f"r{i}", "response": "a"} for i in range(3)])
+    made, rows = run(tmp_path, "dedup", "--data", a, b)
+    (tmp_path / "out").rename(tmp_path / "one")
+    made, rows = run(tmp_path, "select", "--method", "random", "--budget", 9, "--data", tmp_path / "one/rows.jsonl", b)
+    assert {(r["source"], r["row"]) for r in rows} == {(a, 1), (a, 3), (b, 1), (b, 2), (b, 3)}
+    (tmp_path / "out").rename(tmp_path / "two")
+    bad = write(tmp_path / "c.jsonl", [{"messages": [], "answer": None, "source": a, "row": 7},
+                                       {"query": "s", "response": "a", "source": "forum", "row": "x"}])
+    run(tmp_path, "stats", "--data", tmp_path / "two/rows.jsonl", bad)
+    sources = json.loads((tmp_path / "out/report.json").read_text())["sources"]
+    assert {name: s["examples"] for name, s in sources.items()} == {a: 2, b: 3, bad: 1}
+    assert sources[bad]["reasons"] == {"empty conversation": [1, f"{bad}:1"]}
 
 
 def test_no_dead_flag():

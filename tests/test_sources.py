@@ -189,6 +189,17 @@ def test_nectar_refuses_what_has_no_order():
             data.to_pair({**row, "answers": [{"answer": a, "rank": r} for a, r in zip("ab", ranks)]})
 
 
+def test_drawn_answer_is_another_and_no_empty_one():
+    """An answer equal to the best or empty is never drawn, for that would lose the pair though another is there."""
+    rated = [(7, "best"), (3, " best\n"), (3, ""), (4, " "), (5, None), (2, "x")]
+    assert {data.best_against_drawn(f"prompt {i}", rated)[1] for i in range(40)} == {(2, "x")}
+    with pytest.raises(ValueError, match="every worse answer is empty or equals the best"):
+        data.best_against_drawn("p", rated[:4])
+    row = PAIRS["openbmb/UltraFeedback"][0]
+    lost = {**completion("d", 1, 1, 1, 1), "annotations": None}
+    assert data.to_pair({**row, "completions": [lost, *row["completions"]]})[1:3] == ("a", "b")
+
+
 def test_safety_pair_needs_both_verdicts_to_agree():
     with pytest.raises(ValueError, match="not the safer one"):
         data.to_pair({**PAIRS["PKU-Alignment/PKU-SafeRLHF"][0], "safer_response_id": 0})
@@ -208,6 +219,29 @@ def test_mixes_name_known_sources_and_the_release_fractions():
         "PKU-SafeRLHF": 0.1, "openai_summarize_comparisons": 0.1, "Nectar": 0.25}
     assert {k.split("/")[1]: v for k, v in llama.items() if v < 1} == {"PKU-SafeRLHF": 0.1}
     assert len(gemma) == 8 and set(gemma) - set(llama) == {"CarperAI/openai_summarize_comparisons"}
+
+
+def test_a_system_turn_beside_a_prompt_and_a_list():
+    row = {"system": "s", "prompt": "q", "chosen": [A("a")], "rejected": [A("b")]}
+    assert data.to_pair(row).prompt == [S("s"), U("q")] == data.to_conversation(row).messages[:2]
+
+
+def test_unknown_columns_are_a_short_reason(chatml, tmp_path):
+    a = write(tmp_path / "a.jsonl", [{"text": "x", "b": 1}, {"query": "q", "response": "a"}])
+    made = data.prepare([a], *chatml, max_length=100, cache_dir=str(tmp_path / "cache"))
+    assert made.stats["sources"][a]["reasons"] == {"unknown columns b, text": [1, f"{a}:1"]}
+
+
+def test_csv_with_a_long_field(tmp_path):
+    (tmp_path / "a.csv").write_text("query,response\nq," + "a" * 200_000 + "\n")
+    (n, row), = data.load_source(data.Source(str(tmp_path / "a.csv")))
+    assert len(row["response"]) == 200_000
+
+
+def test_a_worker_that_dies_says_what_to_do(tmp_path):
+    """Not a ValueError: the half-done work stays."""
+    with pytest.raises(OSError, match="lower --num-proc; call again"):
+        data.in_chunks(lambda start, stop, f: os._exit(9), 2 * data.CHUNK, tmp_path, "x", 2)
 
 
 def test_fraction_of_a_mix_and_its_splits():
@@ -253,10 +287,12 @@ def test_helpsteer_rows_of_a_prompt_make_one_pair_wherever_they_stand(chatml, tm
 
 
 def test_text_that_is_no_unicode_is_refused(chatml, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"query": "\\ud800", "response": "a"}\n{"query": "q", "response": "a"}\n')
+    (tmp_path / "a.jsonl").write_text('{"query": "\\ud800", "response": "a"}\n{"query": "q", "response": "a"}\n'
+                                      '{"messages": [{"role": "user", "content": "r"}, {"role": "assistant", '
+                                      '"content": "a"}], "answer": "\\ud800"}\n')
     made = data.prepare([str(tmp_path / "a.jsonl")], *chatml, max_length=100, cache_dir=str(tmp_path / "cache"))
     assert len(made.dataset) == 1 and list(made.stats["sources"].values())[0]["reasons"] == {
-        "text is not valid Unicode": [1, f"{tmp_path}/a.jsonl:1"]}
+        "text is not valid Unicode": [2, f"{tmp_path}/a.jsonl:1"]}
 
 
 def test_canonical_text():
@@ -294,7 +330,8 @@ def test_kill_in_the_middle_continues(tmp_path):
               "print(m.dataset['row'][:])")
     command = [sys.executable, "-c", script, str(Path(data.__file__).parent), a]
     p = subprocess.Popen([*command, str(tmp_path / "c")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    chunks = lambda: {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("c/*.writing/encode-*-*0")}
+    chunks = lambda: {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("c/*.writing/encode-*-*0")
+                      if "." not in f.name}             # whole ones
     while not chunks() and p.poll() is None:
         time.sleep(0.02)
     p.send_signal(signal.SIGKILL)
