@@ -277,7 +277,7 @@ def model_key(args) -> list:
 
 def sample_answers(args, folder: Path, asked: list[dict]) -> list[dict] | None:
     """{"text", "finished"} for {"messages", "temperature"}, from answers-0.jsonl where they are there, else by the
-    engine, a call for each temperature; None where --dry-run would have to sample. What a server refuses is no answer."""
+    engine, a call for each temperature; None where --dry-run would have to sample. A refused request is no answer."""
     from tqdm import tqdm
     served, tokenizer = args.engine == "server", None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
