@@ -852,7 +852,8 @@ def run_chunk(start: int, stop: int, path: Path) -> int:
 
 def end_with(parent: int) -> None:
     """Let a worker die with its parent, however that one was killed."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)              # PR_SET_PDEATHSIG
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)          # PR_SET_PDEATHSIG
     if os.getppid() != parent:                              # dead already
         os._exit(1)
 
@@ -866,7 +867,8 @@ def in_chunks(function, n: int, folder: Path, name: str, num_proc: int | None = 
     jobs = [(a, min(n, a + CHUNK), folder / f"{name}-{a}-{min(n, a + CHUNK)}") for a in range(0, n, CHUNK)]
     todo = [job for job in jobs if not job[2].exists()]
     with tqdm(total=n, initial=n - sum(b - a for a, b, _ in todo), desc=name, unit="row") as bar:
-        workers = min(num_proc or len(os.sched_getaffinity(0)), len(todo))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()     # Linux: ours alone
+        workers = min(num_proc or cores, len(todo))
         if workers < 2:
             for job in todo:
                 bar.update(run_chunk(*job))
