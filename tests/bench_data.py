@@ -4,8 +4,8 @@
     python tests/bench_data.py --rows 1000000 --kill
 
 Rows of 80 to 160 words in two public schemas (ShareGPT, messages), one half each, in which 5% are exact copies of an
-earlier row (white space and schema may differ), 5% near ones (word 5-grams' Jaccard >= 0.85, measured) and 5% decoys
-(<= 0.6, measured). Each step is a process of its own; its memory is the sum of its processes' Pss (a page that several
+earlier row (white space at the ends and schema may differ), 5% near ones (word 5-grams' Jaccard >= 0.85, measured) and
+5% decoys (<= 0.6, measured). Each step is a process of its own; its memory is the sum of its processes' Pss (a page that several
 share counts once; pages of mapped files, which the kernel may drop, count, too), its peak sampled every half second.
 `--kill` kills convert, dedup and encode once each with SIGKILL when a third is done, and starts them again: their time
 is that of both. The last line is JSON.
@@ -38,8 +38,8 @@ def make_words(rng: random.Random, n: int = 30000) -> list[str]:
 
 
 def raw(words: list[str], cut: int, schema: int, spaces: bool) -> dict:
-    """A row of one question (`cut` words) and its answer; `spaces` are not what makes a row another."""
-    said = [(" \n " if spaces else " ").join(part) for part in (words[:cut], words[cut:])]
+    """A row of one question (`cut` words) and its answer; `spaces` at the ends are not what makes a row another."""
+    said = ["\n " * spaces + " ".join(part) + " \n" * spaces for part in (words[:cut], words[cut:])]
     if schema == 0:
         return {"conversations": [{"from": w, "value": t} for w, t in zip(("human", "gpt"), said)]}
     return {"messages": [{"role": w, "content": t} for w, t in zip(("user", "assistant"), said)]}
