@@ -3,17 +3,16 @@
     pip install trl==1.16.0                     # for this benchmark only
     python tests/bench_dpo.py --data hh_rlhf_harmless_test.jsonl.gz
 
-A random 27M-parameter Llama, a 32k BPE trained on the data, 96 pairs, 8 a step, fp32, references known before the
-clock starts, nothing truncated, no gradient checkpointing. Contenders: trl; padded (stock transformers, full logits);
-unpadded (dpo.py --no-share-prompt); shared (dpo.py). They take turns, each in a process of its own (peak memory = its
-ru_maxrss), `--repeat` times; medians are compared. Time is the training loop's own. Then shared alone: 1x, 2x, 4x
-the pairs, and 1x, 2x, 4x as long answers. share_of_matmul_rate = useful FLOPs (sft.useful_flops) / time / the rate of
-a 1024^3 matmul measured in the same run. The last line is JSON.
+A random 27M-parameter Llama, a 32k BPE trained on the data, 96 pairs, 8 a step, fp32, references
+known before the clock starts, nothing truncated, no gradient checkpointing. Contenders: trl; padded
+(stock transformers, full logits); unpadded (dpo.py --no-share-prompt); shared (dpo.py). They take
+turns, each in a process of its own (peak memory = its ru_maxrss), `--repeat` times. Medians are
+compared. Time is the training loop's own. Then shared alone: 1x, 2x, 4x the pairs, and 1x, 2x, 4x
+as long answers. share_of_matmul_rate = useful FLOPs (sft.useful_flops) / time / the rate of a
+1024^3 matmul measured in the same run. The last line is JSON.
 """
-import argparse
 import functools
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -23,52 +22,62 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
+from bench_sft import (json_lines, make_model, matmul_rate, parser, peak_gb, run_one,
+                       write_json_lines)
+
 STEP = 8
+TIMES = (1, 2, 4)
 
 
-def lions(work: Path, *flags: str, pairs: str = "pairs.jsonl") -> dict:
+def lions(work, *flags, file="pairs.jsonl"):
     import dpo
-    base = ["--model", str(work / "model"), "--data", str(work / pairs), "--max-length", "2048", "--max-prompt-length",
-            "1024", "--batch-size", str(STEP), "--epochs", "1", "--cache-dir", str(work / "cache"), "--micro-tokens",
-            "4096", "--lr", "5e-7", "--output", str(work / "run"), "--overwrite", *flags]
-    if "--reference-only" in flags:                         # fills the cache: one step, not measured
-        base = [f for f in base if f != "--reference-only"] + ["--max-steps", "1"]
-    result = dpo.main(base)
-    lines = [json.loads(x) for x in (work / "run/metrics.jsonl").read_text().splitlines()]
-    return {"seconds": sum(x["tokens"] for x in lines) / result["tokens_per_s"],
-            "flops": result["cumulative"]["flops"], "tokens": result["cumulative"]["tokens"]}
+    result = dpo.main([
+        "--model", f"{work}/model", "--data", f"{work}/{file}", "--max-length", "2048",
+        "--max-prompt-length", "1024", "--micro-tokens", "4096", "--batch-size", str(STEP),
+        "--epochs", "1", "--lr", "5e-7", "--cache-dir", f"{work}/cache", "--output", f"{work}/run",
+        "--overwrite", *flags])
+    spent = result["cumulative"]
+    return {"seconds": spent["tokens"] / result["tokens_per_s"], "flops": spent["flops"],
+            "tokens": spent["tokens"]}
 
 
-def rows_of(work: Path):
+def pairs_of(work):
     import data
-    return [data.to_pair(json.loads(x)) for x in (work / "pairs.jsonl").read_text().splitlines()]
+    return [data.to_pair(row) for row in json_lines(work / "pairs.jsonl")]
 
 
-def padded(work: Path) -> dict:
-    """What the textbook does: right-padded batches of chosen and rejected, logits of every position."""
+def padded_logps(model, encoded):
+    """log pi(y|x) of right-padded sequences, from the logits of every position: (2, P)."""
     import torch
-    import dpo
+    from torch.nn.utils.rnn import pad_sequence
+    ids, masks = [], []
+    for which in ("chosen", "rejected"):
+        for e in encoded:
+            ids.append(torch.tensor(e.prompt + getattr(e, which)))
+            targets = getattr(e, f"{which}_targets")
+            masks.append(torch.tensor([False] * len(e.prompt) + targets))
+    attended = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True)
+    ids, mask = pad_sequence(ids, batch_first=True), pad_sequence(masks, batch_first=True)
+    z = model(input_ids=ids, attention_mask=attended, use_cache=False).logits[:, :-1]
+    z = z.float().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]               # (2P, T - 1)
+    return (z * mask[:, 1:]).sum(1).view(2, -1)
+
+
+def padded(work):
+    """What the textbook does."""
+    import torch
     import data
+    import dpo
     from transformers import AutoModelForCausalLM, AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(work / "model")
     template = data.set_template(tokenizer, "tokenizer")
     model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
     adam = torch.optim.AdamW(model.parameters(), lr=5e-7, weight_decay=0)
-    pairs = [data.encode_pair(p, tokenizer, template) for p in rows_of(work)]
-
-    def logps(batch):
-        sides = [(e.prompt + y, [False] * len(e.prompt) + m) for k in ("chosen", "rejected") for e in batch
-                 for y, m in [(getattr(e, k), getattr(e, k + "_targets"))]]
-        width = max(len(ids) for ids, _ in sides)
-        ids = torch.tensor([x + [0] * (width - len(x)) for x, _ in sides])
-        seen = torch.tensor([[1] * len(x) + [0] * (width - len(x)) for x, _ in sides])
-        mask = torch.tensor([m + [False] * (width - len(m)) for _, m in sides])
-        z = model(input_ids=ids, attention_mask=seen, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-        return (z.gather(2, ids[:, 1:, None])[..., 0] * mask[:, 1:]).sum(1).view(2, -1)
+    encoded = [data.encode_pair(pair, tokenizer, template) for pair in pairs_of(work)]
     ref = torch.zeros(2, STEP)
     started = time.perf_counter()
-    for a in range(0, len(pairs), STEP):
-        w, l = logps(pairs[a:a + STEP])
+    for i in range(0, len(encoded), STEP):
+        w, l = padded_logps(model, encoded[i:i + STEP])
         (dpo.dpo_loss(w, l, *ref[:, :len(w)], 0.1) / len(w)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
@@ -76,90 +85,123 @@ def padded(work: Path) -> dict:
     return {"seconds": time.perf_counter() - started}
 
 
-def trl(work: Path) -> dict:
+def trl(work):
+    import data
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
-    reply = lambda text: [{"role": "assistant", "content": text}]
-    rows = Dataset.from_list([{"prompt": p.prompt, "chosen": reply(p.chosen), "rejected": reply(p.rejected)}
-                              for p in rows_of(work)])
+    rows = [{"prompt": pair.prompt, "chosen": [data.assistant(pair.chosen)],
+             "rejected": [data.assistant(pair.rejected)]} for pair in pairs_of(work)]
+    config = DPOConfig(
+        str(work / "trl"), precompute_ref_log_probs=True, max_length=None, num_train_epochs=1,
+        per_device_train_batch_size=STEP, use_cpu=True, bf16=False, report_to=[],
+        save_strategy="no", logging_steps=1, gradient_checkpointing=False, disable_tqdm=True,
+        beta=0.1, learning_rate=5e-7)
     trainer = DPOTrainer(
-        AutoModelForCausalLM.from_pretrained(work / "model", dtype="float32"), train_dataset=rows,
-        processing_class=AutoTokenizer.from_pretrained(work / "model"), args=DPOConfig(
-            str(work / "trl"), precompute_ref_log_probs=True, max_length=None, per_device_train_batch_size=STEP,
-            num_train_epochs=1, use_cpu=True, bf16=False, report_to=[], save_strategy="no", logging_steps=1,
-            gradient_checkpointing=False, disable_tqdm=True, beta=0.1, learning_rate=5e-7))
+        AutoModelForCausalLM.from_pretrained(work / "model", dtype="float32"), args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(work / "model"))
     started = time.perf_counter()
     trainer.train()
     return {"seconds": time.perf_counter() - started}
 
 
-CONTENDERS = {"trl": trl, "padded": padded, "unpadded": lambda w: lions(w, "--no-share-prompt"), "shared": lions}
+def unpadded(work, *flags):
+    return lions(work, "--no-share-prompt", *flags)
 
 
-def main() -> dict:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", required=True, help="preference pairs .jsonl or .jsonl.gz, HH-RLHF's format")
+CONTENDERS = {"trl": trl, "padded": padded, "unpadded": unpadded, "shared": lions}
+FILL_CACHE = "max-steps=1"         # the reference's log-probs, and one step that is not measured
+
+
+def one(name, folder, *rest):
+    """A contender's figures. rest: FLAG=VALUE for dpo.py, and the file of the pairs."""
+    flags = [f"--{flag}" for flag in rest if flag == FILL_CACHE]
+    files = {"file": file for file in rest if file.endswith(".jsonl")}
+    return CONTENDERS[name](Path(folder), *flags, **files) | {"peak_gb": peak_gb()}
+
+
+def usable_pairs(path):
+    """The pairs of a preference file in a seeded order."""
+    import data
+    pairs, n_refused = [], 0
+    for row in json_lines(path):
+        try:
+            pairs.append(data.to_pair(row))
+        except ValueError:
+            n_refused += 1
+    print(f"{len(pairs)} pairs, {n_refused} refused", flush=True)
+    return [pairs[i] for i in data.permutation(len(pairs), 0)]
+
+
+def write_pairs(path, pairs, times=1):
+    """Preference rows, each answer `times` as long."""
+    import data
+    write_json_lines(path, [
+        {"prompt": pair.prompt, "chosen": [data.assistant(" ".join([pair.chosen] * times))],
+         "rejected": [data.assistant(" ".join([pair.rejected] * times))]} for pair in pairs])
+
+
+def compare(run, work, names, repeat):
+    """Medians over the repeated runs: ({key: {contender: value}}, the matmul's rate)."""
+    figures, rates = {name: [] for name in names}, []
+    for _ in range(repeat):
+        rates.append(matmul_rate())
+        for name in names:
+            figures[name].append(run(name, work))
+    medians = {key: {name: statistics.median(f[key] for f in figures[name]) for name in names}
+               for key in ("seconds", "peak_gb")}
+    medians["flops"] = figures["shared"][0]["flops"]
+    return medians, statistics.median(rates)
+
+
+def main():
+    p = parser(__doc__)
+    p.add_argument("--data", required=True, help="preference pairs .jsonl or .jsonl.gz, as HH-RLHF")
     p.add_argument("--pairs", type=int, default=96)
-    p.add_argument("--repeat", type=int, default=3)
-    p.add_argument("--skip-trl", action="store_true", help="ours only; the ratios to TRL are null")
-    p.add_argument("--one", nargs="+", help=argparse.SUPPRESS)   # contender, folder, flags: a process of its own
+    p.add_argument("--skip-trl", action="store_true", help="ours only; ratios to TRL are null")
     args = p.parse_args()
     if args.one:
-        name, work, *rest = args.one
-        if name in CONTENDERS and not rest:
-            result = CONTENDERS[name](Path(work))
-        else:
-            result = lions(Path(work), *("--" + f for f in rest if not f.endswith("jsonl")),
-                           pairs=next((f for f in rest if f.endswith("jsonl")), "pairs.jsonl"))
-        return result | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
-    import data
-    from bench_sft import make_model, matmul_rate, run_one
-    usable, n = [], 0
-    for _, row in data.read_lines(args.data):
-        try:
-            usable.append(data.to_pair(row))
-        except ValueError:
-            n += 1
-    print(f"{len(usable)} pairs, {n} refused", flush=True)
-    usable = [usable[i] for i in data.permutation(len(usable), 0)]
+        return one(*args.one)
+    pairs, growth = usable_pairs(args.data), {}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        run = functools.partial(run_one, __file__, args.data)
+        texts = [[*(m["content"] for m in x.prompt), x.chosen, x.rejected] for x in pairs]
+        make_model(work / "model", map("\n".join, texts))
+        write_pairs(work / "pairs.jsonl", pairs[:args.pairs])
+        for name in ("shared", "unpadded"):
+            run(name, work, FILL_CACHE)
+        names = [name for name in CONTENDERS if not (args.skip_trl and name == "trl")]
+        medians, rate = compare(run, work, names, args.repeat)
+        for k in TIMES:
+            write_pairs(work / f"pairs-{k}x.jsonl", pairs[:k * args.pairs])
+            write_pairs(work / f"answers-{k}x.jsonl", pairs[:args.pairs], k)
+            for file in (f"pairs-{k}x.jsonl", f"answers-{k}x.jsonl"):
+                run("shared", work, file, FILL_CACHE)
+                growth[file] = run("shared", work, file)
+    return report(medians, rate, growth)
 
-    one = functools.partial(run_one, __file__, args.data)
 
-    def write(path, pairs, times=1):
-        as_row = lambda p: {"prompt": p.prompt, **{k: [{"role": "assistant", "content": " ".join([getattr(p, k)] * times)}]
-                                                   for k in ("chosen", "rejected")}}
-        path.write_text("".join(json.dumps(as_row(p)) + "\n" for p in pairs))
-    with tempfile.TemporaryDirectory() as work:
-        work = Path(work)
-        make_model(work / "model", ["\n".join([m["content"] for m in p.prompt] + [p.chosen, p.rejected]) for p in usable])
-        write(work / "pairs.jsonl", usable[:args.pairs])
-        for flags in (["reference-only"], ["reference-only", "no-share-prompt"]):
-            one("shared", work, *flags)
-        seen, rates = {name: [] for name in CONTENDERS if not (args.skip_trl and name == "trl")}, []
-        for _ in range(args.repeat):
-            rates.append(matmul_rate())
-            for name in seen:
-                seen[name].append(one(name, work))
-        grow = {}
-        for k in (1, 2, 4):
-            write(work / f"n{k}.jsonl", usable[:k * args.pairs])
-            write(work / f"l{k}.jsonl", usable[:args.pairs], k)
-            for kind in "nl":
-                one("shared", work, f"{kind}{k}.jsonl", "reference-only")
-                grow[f"{kind}{k}"] = one("shared", work, f"{kind}{k}.jsonl")
-    middle = lambda name, key: statistics.median(x[key] for x in seen[name]) if name in seen else float("nan")
-    ratio = lambda a, b, key="seconds": round(middle(a, key) / middle(b, key), 3) if a in seen and b in seen else None
-    return {"speedup_vs_trl": ratio("trl", "shared"), "memory_ratio_vs_trl": ratio("shared", "trl", "peak_gb"),
-            "speedup_padded_vs_trl": ratio("trl", "padded"), "speedup_unpadded_vs_padded": ratio("padded", "unpadded"),
-            "speedup_shared_vs_unpadded": ratio("unpadded", "shared"),
-            "share_of_matmul_rate": round(middle("shared", "flops") / middle("shared", "seconds") /
-                                          statistics.median(rates), 3),
-            "seconds": {name: round(middle(name, "seconds"), 2) for name in seen},
-            "peak_gb": {name: round(middle(name, "peak_gb"), 2) for name in seen},
-            "seconds_by_pairs": {f"{k}x": round(grow[f"n{k}"]["seconds"], 2) for k in (1, 2, 4)},
-            "seconds_by_answer_length": {f"{k}x": round(grow[f"l{k}"]["seconds"], 2) for k in (1, 2, 4)},
-            "tokens_by_answer_length": {f"{k}x": grow[f"l{k}"]["tokens"] for k in (1, 2, 4)}}
+def report(medians, rate, growth):
+    seconds, gb = medians["seconds"], medians["peak_gb"]
+
+    def ratio(values, a, b):
+        return round(values[a] / values[b], 3) if a in values and b in values else None
+
+    def by_size(kind, key):
+        return {f"{k}x": round(growth[f"{kind}-{k}x.jsonl"][key], 2) for k in TIMES}
+    return {"speedup_vs_trl": ratio(seconds, "trl", "shared"),
+            "memory_ratio_vs_trl": ratio(gb, "shared", "trl"),
+            "speedup_padded_vs_trl": ratio(seconds, "trl", "padded"),
+            "speedup_unpadded_vs_padded": ratio(seconds, "padded", "unpadded"),
+            "speedup_shared_vs_unpadded": ratio(seconds, "unpadded", "shared"),
+            "share_of_matmul_rate": round(medians["flops"] / seconds["shared"] / rate, 3),
+            "seconds": {name: round(value, 2) for name, value in seconds.items()},
+            "peak_gb": {name: round(value, 2) for name, value in gb.items()},
+            "seconds_by_pairs": by_size("pairs", "seconds"),
+            "seconds_by_answer_length": by_size("answers", "seconds"),
+            "tokens_by_answer_length": by_size("answers", "tokens")}
 
 
 if __name__ == "__main__":

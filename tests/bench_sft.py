@@ -3,13 +3,15 @@
     pip install trl==1.16.0                     # for this benchmark only
     python tests/bench_sft.py --data gsm8k_train.jsonl.gz
 
-A random 27M-parameter Llama, a 32k BPE trained on the data, one epoch over the same documents, rows of
-1024, fp32. Contenders take turns, each in a process of its own (peak memory = its ru_maxrss), `--repeat`
-times; medians are compared. Time is the training loop's own. share_of_matmul_rate = useful FLOPs (6 x
-body parameters x tokens, head at targets only, causal attention, no recomputation) / time / the rate of a
-1024^3 matmul measured in the same run. The last line is JSON.
+A random 27M-parameter Llama, a 32k BPE trained on the data, one epoch over the same documents, rows
+of 1024, fp32. Contenders take turns, each in a process of its own (peak memory = its ru_maxrss),
+`--repeat` times. Medians are compared. Time is the training loop's own. share_of_matmul_rate =
+useful FLOPs (sft.useful_flops) / time / the rate of a 1024^3 matmul measured in the same run. The
+last line is JSON.
 """
 import argparse
+import functools
+import gzip
 import json
 import os
 import resource
@@ -25,59 +27,77 @@ sys.path.insert(0, str(ROOT))
 LENGTH = 1024
 
 
-def make_model(folder: Path, texts: list[str]) -> None:
+def json_lines(path):
+    """The rows of a .jsonl or .jsonl.gz file."""
+    opener = gzip.open if str(path).endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_json_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_model(folder, texts):
+    """A random Llama and a BPE tokenizer trained on the texts, with ChatML."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
     import data
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    made.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=32000, special_tokens=["<pad>", "<eos>", "<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=32000, special_tokens=["<pad>", "<eos>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
     data.set_template(tokenizer)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=32000, hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
-        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=2048)).save_pretrained(folder)
+        vocab_size=32000, hidden_size=384, intermediate_size=1024, num_hidden_layers=6,
+        num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True,
+        max_position_embeddings=2048)).save_pretrained(folder)
 
 
-def lions(work: Path) -> dict:
-    import numpy as np
+def lions(work):
     import sft
-    result = sft.main(["--model", str(work / "model"), "--data", str(work / "docs.jsonl"), "--max-length",
-                       str(LENGTH), "--batch-size", "4", "--epochs", "1", "--cache-dir", str(work / "cache"), "--output", str(work / "run"), "--overwrite", "--micro-tokens", "2048", "--chat-template", "tokenizer"])
-    lines = [json.loads(x) for x in (work / "run/metrics.jsonl").read_text().splitlines()]
-    tokens, targets = sum(x["tokens"] for x in lines), sum(x["targets"] for x in lines)
-    import datasets
-    lengths = np.asarray(datasets.load_from_disk(str(next((work / "cache").glob("*/stats.json")).parent))["length"], dtype=float)
-    body = json.loads((work / "run/run.json").read_text())["parameters"] - 32000 * 384
-    flops = 6 * body * tokens + 6 * 32000 * 384 * targets + 6 * 6 * 384 * (lengths ** 2).sum()
-    return {"seconds": tokens / result["tokens_per_s"], "tokens": tokens, "flops": flops}
+    result = sft.main([
+        "--model", f"{work}/model", "--data", f"{work}/docs.jsonl", "--chat-template", "tokenizer",
+        "--max-length", str(LENGTH), "--micro-tokens", "2048", "--batch-size", "4",
+        "--epochs", "1", "--cache-dir", f"{work}/cache", "--output", f"{work}/run", "--overwrite"])
+    spent = result["cumulative"]
+    return {"seconds": spent["tokens"] / result["tokens_per_s"], "tokens": spent["tokens"],
+            "flops": spent["flops"]}
 
 
-def trl(work: Path, packing: bool) -> dict:
+def trl(work, packing):
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
-    rows = [json.loads(x) for x in (work / "docs.jsonl").read_text().splitlines()]
-    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": r["question"]}],
-                               "completion": [{"role": "assistant", "content": r["answer"]}]} for r in rows])
+    rows = [{"prompt": [{"role": "user", "content": row["question"]}],
+             "completion": [{"role": "assistant", "content": row["answer"]}]}
+            for row in json_lines(work / "docs.jsonl")]
+    config = SFTConfig(
+        str(work / "trl"), packing=packing, max_length=LENGTH, num_train_epochs=1, use_cpu=True,
+        per_device_train_batch_size=4 if packing else 16, bf16=False, report_to=[],
+        save_strategy="no", logging_steps=1, gradient_checkpointing=False, disable_tqdm=True,
+        max_grad_norm=1.0, learning_rate=2e-5)
     trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(work / "model", dtype="float32"), train_dataset=rows,
-        processing_class=AutoTokenizer.from_pretrained(work / "model"), args=SFTConfig(
-            str(work / "trl"), packing=packing, max_length=LENGTH, per_device_train_batch_size=4 if packing else 16,
-            num_train_epochs=1, use_cpu=True, bf16=False, report_to=[], save_strategy="no", logging_steps=1,
-            gradient_checkpointing=False, disable_tqdm=True, max_grad_norm=1.0, learning_rate=2e-5))
+        AutoModelForCausalLM.from_pretrained(work / "model", dtype="float32"), config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(work / "model"))
     started = time.perf_counter()
     trainer.train()
     return {"seconds": time.perf_counter() - started, "tokens": trainer.state.num_input_tokens_seen}
 
 
-def matmul_rate() -> float:
-    """FLOPs a second of a 1024^3 float32 matmul, now."""
+CONTENDERS = {"lions": lions, "trl-packed": functools.partial(trl, packing=True),
+              "trl-padded": functools.partial(trl, packing=False)}
+
+
+def matmul_rate():
+    """FLOPs per second of a 1024^3 float32 matmul, now."""
     import torch
     a = torch.randn(1024, 1024)
     a @ a
@@ -87,48 +107,57 @@ def matmul_rate() -> float:
     return 50 * 2 * 1024 ** 3 / (time.perf_counter() - started)
 
 
-def run_one(script: str, data_file: str, name: str, work: Path, *rest: str) -> dict:
-    """One contender in a process of its own: its figures, printed as a line too."""
-    done = subprocess.run([sys.executable, script, "--data", data_file, "--one", name, str(work), *rest],
-                          capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-    result = json.loads(done.stdout.splitlines()[-1])
-    print(f"{name:12} {' '.join(rest):32} {result['seconds']:8.2f} s  {result['peak_gb']:6.2f} GB", flush=True)
-    return result
+def run_one(script, data_file, name, work, *rest):
+    """One contender in a process of its own: its figures, printed as a line, too."""
+    command = [sys.executable, script, "--data", data_file, "--one", name, str(work), *rest]
+    process = subprocess.run(command, capture_output=True, text=True,
+                             env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if process.returncode:
+        sys.exit(f"{name} failed:\n{process.stderr[-3000:]}")
+    figures = json.loads(process.stdout.splitlines()[-1])
+    print(f"{name:12} {' '.join(rest):32} {figures['seconds']:8.2f} s  "
+          f"{figures['peak_gb']:6.2f} GB", flush=True)
+    return figures
 
 
-def main() -> dict:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", required=True, help="question/answer .jsonl or .jsonl.gz, GSM8K's format")
-    p.add_argument("--documents", type=int, default=120)
+def peak_gb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+def parser(description):
+    p = argparse.ArgumentParser(description=description,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--repeat", type=int, default=3)
-    p.add_argument("--one", nargs=2, help=argparse.SUPPRESS)     # contender and folder: a process of its own
+    p.add_argument("--one", nargs="+", help=argparse.SUPPRESS)  # contender, folder: own process
+    return p
+
+
+def main():
+    p = parser(__doc__)
+    p.add_argument("--data", required=True, help="question/answer .jsonl or .jsonl.gz, as GSM8K")
+    p.add_argument("--documents", type=int, default=120)
     args = p.parse_args()
-    contenders = {"lions": lions, "trl-packed": lambda w: trl(w, True), "trl-padded": lambda w: trl(w, False)}
     if args.one:
-        result = contenders[args.one[0]](Path(args.one[1]))
-        return result | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20}
-    import data
-    rows = [r for _, r in data.read_lines(args.data)]
-    with tempfile.TemporaryDirectory() as work:
-        work = Path(work)
-        make_model(work / "model", [r["question"] + "\n" + r["answer"] for r in rows])
-        (work / "docs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:args.documents]))
-        seen = {name: [] for name in contenders}
-        rates = []
+        name, folder = args.one
+        return CONTENDERS[name](Path(folder)) | {"peak_gb": peak_gb()}
+    rows, rates = json_lines(args.data), []
+    figures = {name: [] for name in CONTENDERS}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        make_model(work / "model", [row["question"] + "\n" + row["answer"] for row in rows])
+        write_json_lines(work / "docs.jsonl", rows[:args.documents])
         for _ in range(args.repeat):
             rates.append(matmul_rate())
-            for name in contenders:
-                seen[name].append(run_one(__file__, args.data, name, work))
-    middle = lambda name, key: statistics.median(x[key] for x in seen[name])
-    ours = middle("lions", "seconds")
-    return {"speedup_vs_trl_packed": middle("trl-packed", "seconds") / ours,
-            "speedup_vs_trl_padded": middle("trl-padded", "seconds") / ours,
-            "memory_ratio_vs_trl_packed": middle("lions", "peak_gb") / middle("trl-packed", "peak_gb"),
-            "share_of_matmul_rate": middle("lions", "flops") / ours / statistics.median(rates),
-            "seconds": {name: middle(name, "seconds") for name in seen},
-            "peak_gb": {name: middle(name, "peak_gb") for name in seen}}
+            for name in CONTENDERS:
+                figures[name].append(run_one(__file__, args.data, name, work))
+    seconds, gb = ({name: statistics.median(f[key] for f in figures[name]) for name in figures}
+                   for key in ("seconds", "peak_gb"))
+    rate = figures["lions"][0]["flops"] / seconds["lions"]
+    return {"speedup_vs_trl_packed": seconds["trl-packed"] / seconds["lions"],
+            "speedup_vs_trl_padded": seconds["trl-padded"] / seconds["lions"],
+            "memory_ratio_vs_trl_packed": gb["lions"] / gb["trl-packed"],
+            "share_of_matmul_rate": rate / statistics.median(rates),
+            "seconds": seconds, "peak_gb": gb}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
-"""data.py: formats, masks by hand, packing as a multiset, caches, messages for bad input."""
+"""data.py: formats, masks by hand, templates, packing as a multiset, caches, bad input."""
 import gzip
 import json
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import data
+from data import Conversation, ask
+
+QA = ask("q", "ab")
+SYSTEM = [{"role": "system", "content": "be brief"}]
 
 
 @pytest.fixture(scope="module")
@@ -16,34 +22,43 @@ def chatml():
 
 
 def bpe_tokenizer(bos=False):
-    """Byte-level BPE in which newlines merge: '\\n' + '\\n' is one token, so a header can swallow an answer."""
+    """Byte-level BPE in which newlines merge: '\\n' + '\\n' is one token, so that a header can
+    swallow an answer's first character."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {t: i for i, t in enumerate(["<s>", "</s>"] + alphabet + ["ĊĊ", "ab"])}
-    made = Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "Ċ"), ("a", "b")]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet, "ĊĊ", "ab"])}
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "Ċ"), ("a", "b")]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
     if bos:
-        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+        bpe.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
 
-def encode(messages, tokenizer, template, **kwargs):
-    return data.encode(data.Conversation(messages), tokenizer, template, **kwargs)
+def encode(messages, tokenizer, template, **settings):
+    return data.encode(Conversation(messages), tokenizer, template, **settings)
 
 
-def trained(e, tokenizer):
-    return tokenizer.decode([i for i, t in zip(e.input_ids, e.targets) if t])
+def trained(encoded, tokenizer):
+    return tokenizer.decode([i for i, t in zip(encoded.input_ids, encoded.targets) if t])
 
 
-QA = data.ask("q", "ab")
-ROWS = [({"messages": QA}, QA), ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "ab"}]}, QA),
-        ({"instruction": "q", "input": "i", "output": "ab"}, data.ask("q\n\ni", "ab")),
-        ({"query": "q", "response": "ab"}, QA), ({"question": "q", "answer": "ab"}, QA),
-        ({"prompt": "q", "chosen": "ab", "rejected": "c"}, QA),
-        ({"prompt": QA[:1], "chosen": QA[1:], "rejected": QA[1:]}, QA), ({"chosen": QA, "rejected": QA}, QA),
-        ({"chosen": "\n\nHuman: q\n\nAssistant: ab", "rejected": ""}, QA)]
+# ---------------------------------------------------------------------------------------- formats
+# Formats that no public source in test_sources.py shows
+ROWS = [
+    ({"messages": QA, "system": "be brief"}, SYSTEM + QA),
+    ({"messages": SYSTEM + QA, "system": "other"}, SYSTEM + QA),
+    ({"instruction": "q", "input": "i", "output": "ab"}, ask("q\n\ni", "ab")),
+    ({"instruction": "q", "input": "", "output": "ab"}, QA),
+    ({"question": "q", "context": "c", "answer": "ab"}, ask("q\n\nc", "ab")),
+    ({"system_prompt": "be brief", "question": "q", "response": "ab"}, SYSTEM + QA),
+    ({"context": "q", "completion": "ab"}, QA),
+    ({"prompt": QA[:1], "completion": QA[1:]}, QA),
+    ({"prompt": "Human: q\n\nAssistant: x\n\nHuman: r\n\nAssistant:", "completion": "ab"},
+     ask("q", "x") + ask("r", "ab")),
+    ({"prompt": QA[:1], "chosen": QA[1:], "rejected": QA[1:]}, QA),
+    ({"prompt": "q", "chosen": QA[1:], "rejected": [], "system": "be brief"}, SYSTEM + QA)]
 
 
 @pytest.mark.parametrize("row, messages", ROWS)
@@ -51,90 +66,184 @@ def test_formats(row, messages):
     assert data.to_conversation(row).messages == messages
 
 
-def test_reference_answer_is_what_follows_the_hashes():
-    assert data.to_conversation({"question": "q", "answer": "1+1\n#### 2"}).answer == "2"
+def test_reference_answer_follows_the_hashes():
+    row = {"question": "q", "answer": "1+1\n#### 2"}
+    assert data.to_conversation(row).answer == "2"
 
 
 @pytest.mark.parametrize("messages, reason", [
     ([], "empty conversation"), (QA[::-1], "role order broken"), (QA[:1], "no assistant turn"),
-    (data.ask("q", " "), "empty turn"), ([{"role": "x", "content": ""}], "unknown role"),
-    (data.ask("q", 3), "content is not text")])
+    (ask("q", " "), "empty turn"), ([{"role": "x", "content": ""}], "unknown role"),
+    (ask("q", 3), "content is not text"), ("q", "messages are text, not a list")])
 def test_refused_rows(messages, reason):
     with pytest.raises(ValueError, match=reason):
         data.to_conversation({"messages": messages})
 
 
+# ------------------------------------------------------------------------------------------ masks
 def test_mask_by_hand(chatml):
-    """<|im_start|>user\\nq<|im_end|>\\n<|im_start|>assistant\\nab<|im_end|>\\n, one token a byte: 1+4+1+1+1+1
-    + 1+9+1 = 20 tokens of prompt, then a, b, end of turn are trained, the last newline is not."""
+    """<|im_start|>user\\nq<|im_end|>\\n<|im_start|>assistant\\nab<|im_end|>\\n, one token per byte:
+    1+4+1+1+1+1 + 1+9+1 = 20 tokens of prompt, then a, b and the end of turn are trained, the last
+    newline is not."""
     e = encode(QA, *chatml)
     assert e.targets == [False] * 20 + [True] * 3 + [False]
     assert trained(e, chatml[0]) == "ab<|im_end|>"
 
 
-def test_multi_turn_and_last_only(chatml):
-    messages = QA + data.ask("r", "\U0001f981 lion")
+def test_multi_turn_last_only_and_unfinished(chatml):
+    messages = QA + ask("r", "\U0001f981 lion")
     assert trained(encode(messages, *chatml), chatml[0]) == "ab<|im_end|>\U0001f981 lion<|im_end|>"
-    last = data.encode(data.Conversation(messages, last_only=True), *chatml)
-    assert trained(last, chatml[0]) == "\U0001f981 lion<|im_end|>"
+    last = Conversation(messages, last_only=True)
+    assert trained(data.encode(last, *chatml), chatml[0]) == "\U0001f981 lion<|im_end|>"
+    cut = last._replace(unfinished=True)
+    assert trained(data.encode(cut, *chatml), chatml[0]) == "\U0001f981 lion"
 
 
 def test_loss_on_all_leaves_out_the_first_token_only(chatml):
     assert encode(QA, *chatml, loss_on="all").targets == [False] + [True] * 23
 
 
-def test_answer_that_merges_with_the_header():
-    """'assistant\\n' + '\\nx': both newlines are one token; it holds a character of the answer, so it trains."""
+def test_answer_that_merges_with_the_header_is_refused():
+    """'assistant\\n' + '\\nx': both newlines are one token, which sampling never sees."""
     tokenizer = bpe_tokenizer()
     template = data.set_template(tokenizer, "chatml")
     assert template.new_tokens == ["<|im_start|>", "<|im_end|>"]
-    assert trained(encode(data.ask("q", "\nx"), tokenizer, template), tokenizer) == "\n\nx<|im_end|>"
-
-
-def test_bos_once():
-    tokenizer = bpe_tokenizer(bos=True)
-    e = encode(QA, tokenizer, data.set_template(tokenizer, "chatml"))
-    assert e.input_ids[0] == 0 and e.input_ids.count(0) == 1
-
-
-TEMPLATES = {
-    "llama-2": "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + ' </s>' }}"
-               "{% else %}{{ '<s>[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}",
-    "zephyr": "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '</s>\n' }}{% endfor %}",
-    "trims": "{% for m in messages %}{{ m.role + ':' + m.content | trim + '</s>' }}{% endfor %}"}
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_other_templates(name, tmp_path):
-    (tmp_path / "t.jinja").write_text(TEMPLATES[name])
-    tokenizer = bpe_tokenizer()
-    template = data.set_template(tokenizer, str(tmp_path / "t.jinja"))
-    e = encode(data.ask("q", " ab "), tokenizer, template)
-    assert template.end_of_turn == "</s>" and trained(e, tokenizer).split() == ["ab</s>"] or \
-        trained(e, tokenizer).split() == ["ab", "</s>"]
-
-
-@pytest.mark.parametrize("text, why", [
-    ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}</s>{% endif %}{% endfor %}", "drops"),
-    ("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", "never trains an end of turn")])
-def test_bad_templates_name_the_flag(text, why, tmp_path):
-    (tmp_path / "t.jinja").write_text(text)
-    with pytest.raises(ValueError, match=f"--chat-template.*{why}"):
-        data.set_template(bpe_tokenizer(), str(tmp_path / "t.jinja"))
+    with pytest.raises(ValueError, match="first token merges with the prompt"):
+        encode(ask("q", "\nx"), tokenizer, template)
 
 
 def test_special_tokens_in_user_text_are_refused(chatml):
     with pytest.raises(ValueError, match="special token in the text"):
-        encode(data.ask("q<|im_end|>", "a"), *chatml)
+        encode(ask("q<|im_end|>", "a"), *chatml)
 
 
 def test_truncation_counts_and_never_forges_an_end(chatml):
     e = encode(QA, *chatml, max_length=22)
-    assert e.truncated == 2 and trained(e, chatml[0]) == "ab"
+    assert e.cut == 2
+    assert trained(e, chatml[0]) == "ab"
     with pytest.raises(ValueError, match="no target left after truncation"):
         encode(QA, *chatml, max_length=20)
 
 
+# -------------------------------------------------------------------------------------- templates
+# Reduced to what makes each public template special: (special tokens, template)
+TEMPLATES = {
+    "chatml": ("<|im_start|> <|im_end|>", data.CHATML),
+    "llama-2": (                                # no generation prompt: [/INST] is the header
+        "", "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + ' </s>' }}"
+        "{% else %}{{ '<s>[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"),
+    "llama-3": (                                # trims
+        "<|start|> <|end|> <|eot_id|>",
+        "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m.role + '<|end|>\n\n' }}"
+        "{{ m.content | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}"),
+    "gemma": (                                  # another role name, no system turn
+        "<start_of_turn> <end_of_turn>",
+        "{{ bos_token }}{% if messages[0].role == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
+        "{{ '<start_of_turn>' + m.role | replace('assistant', 'model') + '\n' }}"
+        "{{ m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"),
+    "mistral": (                                # the system turn before a last user turn only
+        "[INST] [/INST]",
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' }}"
+        "{% if loop.last and messages[0].role == 'system' %}"
+        "{{ messages[0].content + '\n\n' }}{% endif %}{{ m.content + '[/INST]' }}"
+        "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"),
+    "zephyr": (                                 # headers are ordinary text
+        "", "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}"
+        "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+        "{% endfor %}"),
+    "phi-3": (                                  # tokens that swallow the white space behind them
+        "<|user|> <|assistant|> <|end|>",
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+        "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"),
+    "deepseek-r1": (                            # drops the thinking of answers
+        "<|User|> <|Assistant|>",
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+        "{{ '<|User|>' + m.content }}{% else %}{{ '<|Assistant|>' }}"
+        "{{ m.content.split('</think>')[-1] + eos_token }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|>' }}{% endif %}"),
+    "qwen-3": (                                 # empty thinking before the last answer
+        "<|im_start|> <|im_end|>",
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if loop.last and m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
+    "thinking": (                               # DeepSeek-R1's later generation prompt
+        "<|im_start|> <|im_end|>",
+        data.CHATML + "{% if add_generation_prompt %}<think>{% endif %}"),
+    "headless": (
+        "", "{% for m in messages %}{{ m.role + ':' + m.content + '</s>' }}{% endfor %}"),
+    "endless": ("", "{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}"),
+    "forgetful": (
+        "", "{% for m in messages if m.role == 'user' %}{{ m.content + '</s>' }}{% endfor %}"),
+    "broken": ("", "{% for m in messages %}")}
+
+
+def with_template(name, tmp_path):
+    from transformers import AddedToken
+    tokenizer = bpe_tokenizer(bos=True)
+    specials, text = TEMPLATES[name]
+    tokens = [AddedToken(t, rstrip=name == "phi-3", special=True) for t in specials.split()]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    path = tmp_path / "template.jinja"
+    path.write_text(text)
+    return tokenizer, data.set_template(tokenizer, str(path))
+
+
+@pytest.mark.parametrize("name, text", [
+    ("chatml", "ab<|im_end|>cd<|im_end|>"), ("llama-2", " ab </s> cd </s>"),
+    ("llama-3", "ab<|eot_id|>cd<|eot_id|>"), ("gemma", "ab<end_of_turn>cd<end_of_turn>"),
+    ("mistral", " ab</s> cd</s>"), ("zephyr", "ab</s>cd</s>"), ("phi-3", "ab<|end|>cd<|end|>"),
+    ("deepseek-r1", "ab</s>cd</s>")])
+def test_template_trains_answers_and_their_ends(name, text, tmp_path):
+    """What precedes an answer is exactly what sampling sees, with one BOS."""
+    tokenizer, template = with_template(name, tmp_path)
+    messages = ask("q", "ab") + ask("r", "cd")
+    e = encode(messages, tokenizer, template)
+    assert trained(e, tokenizer) == text
+    assert text.endswith(template.end_of_turn)
+    assert template.bos
+    assert e.input_ids[0] == 0 != e.input_ids[1]
+    for answer in (1, 3):
+        prompt = data.prompt_ids(tokenizer, messages[:answer])
+        assert e.input_ids[:len(prompt)] == prompt
+        assert e.targets[len(prompt)] > e.targets[len(prompt) - 1]
+
+
+def test_template_that_trims_its_answers(tmp_path):
+    tokenizer, template = with_template("llama-3", tmp_path)
+    assert trained(encode(ask("q", " ab\n"), tokenizer, template), tokenizer) == "ab<|eot_id|>"
+
+
+@pytest.mark.parametrize("name, messages, reason", [
+    ("gemma", SYSTEM + QA, "System role not supported"),
+    ("mistral", SYSTEM + QA, "drops or rewrites a turn"),
+    ("deepseek-r1", ask("q", "<think>hm</think>ab"), "drops or rewrites a turn")])
+def test_rows_that_a_template_cannot_hold(name, messages, reason, tmp_path):
+    tokenizer, template = with_template(name, tmp_path)
+    with pytest.raises(ValueError, match=reason):
+        encode(messages, tokenizer, template)
+
+
+@pytest.mark.parametrize("name, reason", [
+    ("qwen-3", "another text before an answer in training than in sampling"),
+    ("thinking", "another text before an answer in training than in sampling"),
+    ("headless", "another text before an answer"), ("broken", "the chat template refuses it"),
+    ("endless", "no special token ends an assistant turn"),
+    ("forgetful", "no special token ends an assistant turn")])
+def test_refused_templates_name_the_flag(name, reason, tmp_path):
+    with pytest.raises(ValueError, match=f"--chat-template .*template.jinja: .*{reason}"):
+        with_template(name, tmp_path)
+
+
+def test_a_tokenizer_without_template():
+    with pytest.raises(ValueError, match="--chat-template tokenizer: .*use chatml"):
+        data.set_template(bpe_tokenizer(), "tokenizer")
+
+
+# ---------------------------------------------------------------------------------------- packing
 @pytest.mark.parametrize("packing", ["bfd", "concat", "none"])
 def test_every_target_in_exactly_one_row(packing):
     """As a multiset: (document, position) of every token that can be a target, over all rows."""
@@ -142,122 +251,172 @@ def test_every_target_in_exactly_one_row(packing):
     for limit in (2, 3, 17, 64):
         lengths = rng.integers(1, limit + 1, 300)
         rows = data.pack(lengths, limit, packing)
-        seen = sorted((d, i) for d, a, b in zip(rows.doc, rows.start, rows.end) for i in range(a + 1, b))
-        assert seen == [(d, i) for d, n in enumerate(lengths) for i in range(1, n)]
+        packed = []
+        for doc, start, end in zip(rows.doc, rows.start, rows.end):
+            packed += [(doc, i) for i in range(start + 1, end)]
+        assert sorted(packed) == [(doc, i) for doc, n in enumerate(lengths) for i in range(1, n)]
         used = np.add.reduceat(rows.end - rows.start, rows.offsets[:-1])
-        assert used.max() <= limit and rows.offsets[-1] == len(rows.doc)
+        assert used.max() <= limit
+        assert rows.offsets[-1] == len(rows.doc)
 
 
 def test_bfd_is_best_fit():
     """Against the definition: longest first, into the row with the least room that still fits."""
     rng = np.random.default_rng(1)
     for _ in range(20):
-        lengths, rooms = rng.integers(1, 21, 60), []
+        lengths = rng.integers(1, 21, 60)
+        rooms = []
         for n in sorted(lengths.tolist(), reverse=True):
-            best = min((r for r in rooms if r >= n), default=None)
-            if best is not None:
+            best = min((room for room in rooms if room >= n), default=20)
+            if best in rooms:
                 rooms.remove(best)
-            rooms.append((20 if best is None else best) - n)
+            rooms.append(best - n)
         rows = data.pack(lengths, 20)
         left = 20 - np.add.reduceat(rows.end - rows.start, rows.offsets[:-1])
         assert sorted(left.tolist()) == sorted(rooms)
 
 
-def test_packing_is_fast():
+@pytest.mark.parametrize("n, seconds", [
+    (200_000, 12), pytest.param(2_000_000, 60, marks=pytest.mark.slow)])
+def test_packing_is_fast(n, seconds):
+    lengths = np.random.default_rng(0).integers(1, 2048, n)
     started = time.time()
-    data.pack(np.random.default_rng(0).integers(1, 2048, 200_000), 2048)
-    assert time.time() - started < 12
+    data.pack(lengths, 2048)
+    assert time.time() - started < seconds
 
 
-@pytest.mark.slow
-def test_packing_two_million_lengths():
-    started = time.time()
-    data.pack(np.random.default_rng(0).integers(1, 2048, 2_000_000), 2048)
-    assert time.time() - started < 60
+# ---------------------------------------------------------------------------------------- prepare
+@pytest.fixture
+def source(tmp_path):
+    """Writes rows into a file and returns its name."""
+    def write(rows, name="a.jsonl"):
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+        return str(path)
+    return write
 
 
-# ------------------------------------------------------------------------------------------ prepare
-def write(path, rows):
-    text = "".join(json.dumps(r) + "\n" for r in rows).encode()
-    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
-    return str(path)
+@pytest.fixture
+def prepare(chatml, tmp_path):
+    """data.prepare with ChatML, at most 100 tokens and a cache of this test's own."""
+    def prepare_here(*sources, **settings):
+        settings = {"max_length": 100, "cache_dir": str(tmp_path / "cache")} | settings
+        return data.prepare(sources, *chatml, **settings)
+    return prepare_here
 
 
-def prepare(sources, chatml, tmp_path, **kwargs):
-    return data.prepare(sources, *chatml, **{"max_length": 64, "cache_dir": str(tmp_path / "cache"), **kwargs})
+def numbered(n):
+    return [{"messages": ask(str(i), "x")} for i in range(n)]
 
 
-def test_duplicates_across_sources_keep_the_first(chatml, tmp_path):
-    a = write(tmp_path / "a.jsonl", [{"messages": QA}, {"messages": data.ask("r", "b")}])
-    b = write(tmp_path / "b.jsonl.gz", [{"query": "q", "response": "ab"}, {"query": "s", "response": "c"}])
-    made = prepare([a, b], chatml, tmp_path)
-    assert sorted(zip(made.dataset["source"], made.dataset["row"])) == [(0, 1), (0, 2), (1, 2)]
-    assert made.stats["sources"][b]["duplicates"] == 1 and made.stats["total"]["examples"] == 3
-    assert "duplicates" in data.stats_table(made.stats)
+def test_duplicates_across_sources_keep_the_first(prepare, source):
+    a = source([{"messages": QA}, {"messages": ask("r", "b")}])
+    b = source([{"query": "q", "response": "ab"}, {"query": "s", "response": "c"}], "b.jsonl.gz")
+    dataset, stats, _ = prepare(a, b)
+    assert sorted(zip(dataset["source"], dataset["row"])) == [(a, 1), (a, 2), (b, 2)]
+    assert stats["total"]["examples"] == 3
+    assert stats["sources"][b]["reasons"] == {data.DUPLICATE: [1, f"{b}:1"]}
+    assert f"{b}:1: {data.DUPLICATE}" in data.stats_table(stats)
 
 
-def test_csv_parquet_folder(chatml, tmp_path):
+def test_csv_parquet_folder(prepare, chatml, tmp_path):
     import datasets
-    d = datasets.Dataset.from_list([{"query": "q", "response": "ab"}])
-    d.to_csv(str(tmp_path / "a.csv"), index=False), d.to_parquet(str(tmp_path / "a.parquet"))
-    d.save_to_disk(str(tmp_path / "folder"))
-    ids = [prepare([str(tmp_path / n)], chatml, tmp_path).dataset["input_ids"][0]
-           for n in ("a.csv", "a.parquet", "folder")]
-    assert ids == [encode(QA, *chatml).input_ids] * 3
+    table = datasets.Dataset.from_list([{"query": "q", "response": "ab"}])
+    table.to_csv(tmp_path / "a.csv", index=False)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "folder")
+    for name in ("a.csv", "a.parquet", "folder"):
+        dataset = prepare(str(tmp_path / name)).dataset
+        assert dataset["input_ids"][:] == [encode(QA, *chatml).input_ids]
 
 
-def test_cache_follows_content_and_settings(chatml, tmp_path):
-    a = write(tmp_path / "a.jsonl", [{"messages": QA}])
-    folders = lambda: len(list((tmp_path / "cache").glob("*/stats.json")))
-    for change, expected in [({}, 1), ({}, 1), ({"max_length": 63}, 2), ({"loss_on": "all"}, 3)]:
-        prepare([a], chatml, tmp_path, **change)
-        assert folders() == expected
-    write(tmp_path / "a.jsonl", [{"messages": data.ask("q", "ba")}])
-    assert prepare([a], chatml, tmp_path).dataset["input_ids"][0] == encode(data.ask("q", "ba"), *chatml).input_ids
-    for damaged in (tmp_path / "cache").glob("*/*.arrow"):
-        damaged.unlink()
-    assert len(prepare([a], chatml, tmp_path).dataset) == 1
+def test_cache_follows_content_and_settings(prepare, source, chatml, tmp_path):
+    a = source([{"messages": QA}])
+    for change, caches in [({}, 1), ({}, 1), ({"max_length": 63}, 2), ({"loss_on": "all"}, 3)]:
+        prepare(a, **change)
+        assert len(list(tmp_path.glob("cache/encoded/*.arrow"))) == caches
+    changed = ask("q", "ba")
+    dataset = prepare(source([{"messages": changed}])).dataset
+    assert dataset["input_ids"][:] == [encode(changed, *chatml).input_ids]
 
 
-def test_subsets_are_nested(chatml, tmp_path):
-    a = write(tmp_path / "a.jsonl", [{"messages": data.ask(str(i), "x")} for i in range(30)])
-    rows = [list(prepare([a], chatml, tmp_path, max_examples=n).dataset["row"]) for n in (5, 20)]
-    assert rows[1][:5] == rows[0]
+def test_damaged_caches_are_made_again(prepare, source, tmp_path):
+    """Truncated, empty, foreign, of fewer rows, deleted."""
+    a = source(numbered(30))
+    prepare(source(numbered(5), "few.jsonl"))
+    expected = prepare(a).dataset["input_ids"][:]
+    for kind in ("converted", "encoded"):
+        caches = tmp_path.glob(f"cache/{kind}/*.arrow")
+        few, path = sorted(caches, key=lambda cache: cache.stat().st_size)
+        for damage in (path.read_bytes()[:-20], b"", b"x" * 1000, few.read_bytes()):
+            path.write_bytes(damage)
+            assert prepare(a).dataset["input_ids"][:] == expected
+        path.unlink()
+        assert prepare(a).dataset["input_ids"][:] == expected
 
 
-def test_bad_rows_are_counted_with_their_line(chatml, tmp_path):
-    a = write(tmp_path / "a.jsonl", [{"messages": QA}, {"messages": QA[::-1]}, {"messages": []}])
-    made = prepare([a], chatml, tmp_path)
-    assert made.stats["sources"][a]["reasons"] == {"role order broken": [1, f"{a}:2"], "empty conversation": [1, f"{a}:3"]}
+def test_subsets_are_nested(prepare, source):
+    a = source(numbered(30))
+    few, many = (prepare(a, max_examples=n).dataset["row"][:] for n in (5, 20))
+    assert many[:5] == few
+    assert len(many) == 20
+
+
+def test_bad_rows_are_counted_with_their_line(prepare, source):
+    a = source([{"messages": QA}, {"messages": QA[::-1]}, {"messages": []}])
+    assert prepare(a).stats["sources"][a]["reasons"] == {
+        "role order broken": [1, f"{a}:2"], "empty conversation": [1, f"{a}:3"]}
     with pytest.raises(ValueError, match=r"a.jsonl:2: role order broken"):
-        prepare([a], chatml, tmp_path, bad_rows="stop")
+        prepare(a, bad_rows="stop")
 
 
 @pytest.mark.parametrize("text, message", [
     ('{"messages": []}\n', "no row is left:\n.*bad.jsonl:1: empty conversation"),
-    ('\n{"messages"\n', "bad.jsonl:2: not JSON"), ('{"foo": 1}\n', "bad.jsonl:1: columns.*foo.*Known"),
-    ("", "no row is left")])
-def test_bad_files(text, message, chatml, tmp_path):
-    (tmp_path / "bad.jsonl").write_text(text)
+    ('\n{"messages"\n', "bad.jsonl:2: not JSON"), ("[1]\n", "bad.jsonl:1: .*a JSON object"),
+    ('{"foo": 1}\n', "no row is left:\n.*bad.jsonl:1: unknown columns foo"),
+    ("\n\n", "no row is left"), ("", "bad.jsonl: the file is empty")])
+def test_bad_file_beside_a_good_one(text, message, prepare, source, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(text)
     with pytest.raises(ValueError, match=message):
-        prepare([str(tmp_path / "bad.jsonl")], chatml, tmp_path)
-    assert not list((tmp_path / "cache").glob("*.writing"))
+        prepare(source(numbered(1)), str(bad))
 
 
-def test_missing_file_and_fraction(chatml, tmp_path):
-    with pytest.raises(ValueError, match="--data no.jsonl: no such file"):
-        prepare(["no.jsonl"], chatml, tmp_path)
+def test_missing_file_and_fraction(prepare):
+    with pytest.raises(OSError, match="no.jsonl"):
+        prepare("no.jsonl")
     with pytest.raises(ValueError, match="--data x=2"):
         data.parse_source("x=2")
     assert data.parse_source("org/name:test=0.5") == ("org/name", "test", 0.5)
 
 
+def test_growing_files_survive_a_torn_line(tmp_path):
+    """Rows are on disk at once. Another process was killed within its second line."""
+    with data.growing(tmp_path, "rows") as append:
+        append({"a": 1})
+        (tmp_path / "rows-0.jsonl").write_text('{"b": 2}\n{"c": ')
+        assert data.read_growing(tmp_path, "rows") == [{"b": 2}, {"a": 1}]
+
+
+# ---------------------------------------------------------------------------------- demo and show
 def test_demo_split_is_disjoint():
-    last = lambda split, n: {r["messages"][-2]["content"] for r in data.demo_conversations(n, 0, split)}
-    assert not last("train", 3000) & last("test", 200)
+    train, test = ({row["messages"][-2]["content"] for row in data.demo_conversations(n, 0, split)}
+                   for split, n in (("train", 3000), ("test", 200)))
+    assert not train & test
 
 
-def test_show_marks_what_is_trained(capsys, tmp_path):
-    data.main(["show", "-n", "1", "--data", write(tmp_path / "a.jsonl", [{"messages": QA}]),
-               "--cache-dir", str(tmp_path / "c")])
+def test_show_marks_what_is_trained(source, capsys, tmp_path):
+    a = source([{"messages": QA}])
+    data.main(["show", "--rows", "1", "--data", a, "--cache-dir", str(tmp_path)])
     assert "assistant\n\u27e6ab<|im_end|>\u27e7" in capsys.readouterr().out
+
+
+def test_no_dead_flag():
+    """Every flag of every command is read somewhere in data.py."""
+    source = Path(data.__file__).read_text()
+    commands = data.parser()._subparsers._group_actions[0].choices
+    for command in commands.values():
+        for action in command._actions:
+            name = action.dest
+            assert name == "help" or re.search(rf'args\.{name}\b|"{name}"', source), name
