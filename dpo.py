@@ -36,14 +36,16 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
 from data import PAIR_LISTS, growing, positive, read_growing
-from kernels import Group, LogProbs, layout, pick_backend, sequence_logps
-from sft import (Run, all_sum, check_finite, check_resume, clip_and_step, device, due, export,
-                 init_distributed, load_model, log, make_engine, micro_batches, parse, plan_steps,
-                 prepare_rows, run_main, set_learning_rate, stage_parser, torch_dtype)
+from kernels import Group, LogProbs, layout, sequence_logps
+from sft import (Run, all_sum, attention_backend, check_finite, check_machines, check_resume,
+                 clip_and_step, device, due, export, init_distributed, laid_out, load_model, log,
+                 make_engine, micro_batches, parse, plan_steps, prepare_rows, run_main,
+                 set_learning_rate, stage_parser)
 
 PRESETS = {  # the paper's table as argparse defaults
     "demo": dict(model="runs/sft", data=["demo-pairs:train"], eval_data=["demo-pairs:test"],
@@ -111,14 +113,14 @@ class Pairs:
     def __len__(self):
         return len(self.tokens)
 
-    def batch(self, wanted: list[int], device):
+    def batch(self, wanted: list[int]):
         """Pairs -> one Batch whose answers are y_w, y_l, y_w, .. and their (P, 2) reference."""
         groups = []
         for i in wanted:
             x, w, l, w_mask, l_mask = (self.rows[int(i)][k].tolist() for k in PAIR_LISTS)
             groups.append(Group(x, [w, l], [w_mask, l_mask]))
-        ref = None if self.ref is None else torch.from_numpy(self.ref[wanted]).to(device)
-        return layout(groups, share=self.share).to(device), ref
+        ref = None if self.ref is None else torch.from_numpy(self.ref[wanted])
+        return layout(groups, share=self.share), ref
 
     @functools.cached_property
     def keys(self) -> list[str]:
@@ -142,15 +144,13 @@ def pair_logps(logp_module, batch, n: int):
 def evaluate_pairs(engine, pairs, beta, limit, rank, world):
     """Means of METRICS over held-out pairs, split over ranks; names begin with eval_."""
     engine.eval()
-    sums = torch.zeros(len(METRICS), dtype=torch.float64, device=engine.device)
-    for micro in micro_batches(pairs.tokens.tolist(), limit, world)[rank]:
-        batch, ref = pairs.batch(micro, engine.device)
-        logps = pair_logps(engine, batch, len(micro))
-        if micro:
-            sums += dpo_metrics(*logps.unbind(1), *ref.unbind(1), beta)
+    sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device())
+    micros = micro_batches(pairs.tokens.tolist(), limit, world)[rank]
+    for batch, ref in laid_out(pairs, range(len(pairs)), micros):
+        logps = pair_logps(engine, batch, len(ref))
+        sums += dpo_metrics(*logps.unbind(1), *ref.unbind(1), beta)
     engine.train()
-    sums = all_sum(sums.tolist())
-    return {f"eval_{k}": v / len(pairs) for k, v in zip(METRICS, sums)}
+    return {f"eval_{k}": v / len(pairs) for k, v in zip(METRICS, all_sum([sums]))}
 
 
 # ------------------------------------------------------------------------------------------ train
@@ -180,6 +180,7 @@ def train_on_pairs(args):
         raise ValueError(f"--max-prompt-length {args.max_prompt_length}: leaves no room for "
                          f"answers; must be below --max-length {args.max_length}")
     started, (rank, world) = time.time(), init_distributed()
+    check_machines(args, world)
     tokenizer, ref_name = data.load_tokenizer(args.model), args.ref or args.model
     template = data.set_template(tokenizer, args.chat_template)
     settings = dict(args=args, tokenizer=tokenizer, template=template, pairs=True,
@@ -208,16 +209,15 @@ def train_on_pairs(args):
         wanted = order[i * args.batch_size:(i + 1) * args.batch_size]
         mine = micro_batches(train.tokens[wanted].tolist(), args.micro_tokens, world)[rank]
         sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device())
-        for m, micro in enumerate(mine):
-            batch, ref = train.batch([int(wanted[j]) for j in micro], device())
-            logps = pair_logps(engine, batch, len(micro))                       # (P, 2) nats
+        for m, (batch, ref) in enumerate(laid_out(train, wanted, mine)):
+            logps = pair_logps(engine, batch, len(ref))                         # (P, 2) nats
             (logp_w, logp_l), (ref_w, ref_l) = logps.unbind(1), ref.unbind(1)   # (P,) each
             loss = dpo_loss(logp_w, logp_l, ref_w, ref_l, args.beta) / len(wanted)
             engine.set_gradient_accumulation_boundary(m == len(mine) - 1)
             engine.backward(loss * world, scale_wrt_gas=False)                  # ranks are averaged
             sums += dpo_metrics(logp_w, logp_l, ref_w, ref_l, args.beta)
         lr = set_learning_rate(engine, args, step, steps)
-        *sums, stopping = all_sum([*sums.tolist(), run.stop])
+        *sums, stopping = all_sum([sums, run.stop])
         now = {"step": step + 1} | {k: v / len(wanted) for k, v in zip(METRICS, sums)} | {"lr": lr}
         if step == 0 and ref_name == args.model:
             check_step_0(now["loss"], args.dtype)
@@ -243,9 +243,10 @@ def check_step_0(loss, dtype):
     if abs(loss - math.log(2)) > allowed:
         raise ValueError(
             f"step 0: the loss is {loss:.6f}, not ln 2 = {math.log(2):.6f} within {allowed:g}, "
-            "though the policy is the reference. Likely causes: dropout is on, the forward is not "
-            "deterministic, another back end or dtype made the reference, or its cache was changed "
-            "by hand (delete it: --cache-dir)")
+            "though the policy is the reference. Likely causes: one of the two was cast as a whole "
+            "(model.to(bfloat16) rounds rotary frequencies as well; load it with dtype=), dropout "
+            "is on, the forward is not deterministic, another back end or dtype made the "
+            "reference, or its cache was changed by hand (delete it: --cache-dir)")
 
 
 # --------------------------------------------------------- log-probs under a model that is frozen
@@ -253,8 +254,9 @@ def frozen_logps(args, name, dataset, tokenizer) -> np.ndarray:
     """log pi(y|x) of every pair under the model `name`, (P, 2) float32 nats, from a cache or
     computed. A model with another tokenizer or template gets the same messages in its own tokens.
 
-    The file's key: weights, dtype, back end and layout. A row's key: its ids and targets. Ranks
-    take disjoint rows and append them as they go, so that a killed pass continues."""
+    The file's key: weights, dtype, rotary dtype, back end and layout. A row's key: its ids and
+    targets. Ranks take disjoint rows and append them as they go, so that a killed pass
+    continues."""
     from transformers import AutoConfig
     own = data.load_tokenizer(name)
     template = data.set_template(own, args.chat_template)
@@ -264,23 +266,20 @@ def frozen_logps(args, name, dataset, tokenizer) -> np.ndarray:
         dataset = in_other_tokens(args, name, dataset, own, template)
     share = not args.no_share_prompt
     pairs, new_ids = Pairs(dataset, share), own.convert_tokens_to_ids(list(template.new_tokens))
-    config = AutoConfig.from_pretrained(name).get_text_config()
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    backend = pick_backend(device(), torch_dtype(args.dtype), softcap)
+    backend = attention_backend(args, AutoConfig.from_pretrained(name))
     folder = data.cache_folder(args.cache_dir) / "logps" / data.hash_of(
-        data.weights_hash(name), args.dtype, backend, device().type, share, new_ids)
+        data.weights_hash(name), args.dtype, "rotary fp32", backend, device().type, share, new_ids)
     known = known_logps(folder)
     missing = [[i for i, key in enumerate(pairs.keys) if key not in known]]
-    torch.distributed.broadcast_object_list(missing)        # another run may be writing: rank 0's
+    dist.broadcast_object_list(missing)                     # another run may be writing: rank 0's
     missing, = missing
     log(f"log-probs under {name}: {len(missing)} of {len(pairs)} pairs are not yet in {folder}")
     if missing:
         missing.sort(key=lambda i: -pairs.tokens[i])
         model = load_model(copy_of(args, model=name, gradient_checkpointing=False), own, new_ids)
-        model = LogProbs(model.to(device(), torch_dtype(args.dtype)).eval())
-        compute_logps(model, pairs, missing, folder, args)
+        compute_logps(LogProbs(model.eval()), pairs, missing, folder, args)
         del model
-        torch.distributed.barrier()
+        dist.barrier()
         known = known_logps(folder)
     return np.array([known[key] for key in pairs.keys], dtype=np.float32)
 
@@ -295,21 +294,25 @@ def known_logps(folder):
 def compute_logps(model, pairs, missing, folder, args):
     """This rank's share of the missing rows, longest first, appended to a new file of `folder`."""
     from tqdm import tqdm
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    mine = missing[rank::world]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine, micros, room = missing[rank::world], [], 0
+    for i in mine:
+        if pairs.tokens[i] > room:
+            micros.append([])
+            room = args.micro_tokens
+        micros[-1].append(i)
+        room -= pairs.tokens[i]
     with growing(folder, "logps") as append, tqdm(
             total=len(mine), disable=rank > 0, unit="pair", desc="log-probs") as bar:
-        while mine:
-            n = max(1, int((pairs.tokens[mine].cumsum() <= args.micro_tokens).sum()))
-            micro, mine = mine[:n], mine[n:]
-            logps = pair_logps(model, pairs.batch(micro, device())[0], n).float()
+        for micro, (batch, _) in zip(micros, laid_out(pairs, range(len(pairs)), micros)):
+            logps = pair_logps(model, batch, len(micro))
             if not logps.isfinite().all():
                 raise FloatingPointError(f"log-probs of rows {micro} are not finite; look at these "
                                          "rows, or at the weights")
             for i, value in zip(micro, logps.tolist()):
                 check = data.hash_of(pairs.keys[i], value)
                 append({"key": pairs.keys[i], "logps": value, "check": check})
-            bar.update(n)
+            bar.update(len(micro))
 
 
 def in_other_tokens(args, name, dataset, tokenizer, template):

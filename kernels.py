@@ -22,12 +22,34 @@ Differs from the paper
 """
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import sys
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+@functools.cache
+def is_installed(distribution: str) -> bool:
+    """Whether pip installed it. A module of that name proves nothing: others use it as well."""
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+if is_installed("kernels") and __name__ == "kernels":
+    # Hugging Face's package of this file's name: transformers would import its names from here and
+    # fail. Its test for the package is cached, and says no while the name is hidden. So prebuilt
+    # kernels from the Hub are off, and the policy and its reference use the same ones.
+    this_module, sys.modules["kernels"] = sys.modules["kernels"], None
+    from transformers.utils.import_utils import is_kernels_available
+    is_kernels_available()
+    sys.modules["kernels"] = this_module
 
 
 # ------------------------------------------------------------------------------- batch and layout
@@ -52,7 +74,17 @@ class Batch(NamedTuple):
     sequence: torch.Tensor         # (N,) int64, the answer it belongs to, counted over all groups
 
     def to(self, device) -> Batch:
-        return Batch(*(x.to(device, non_blocking=True) if torch.is_tensor(x) else x for x in self))
+        return Batch(*(to_device(x, device) for x in self))
+
+
+def to_device(x, device):
+    """A tensor on `device`, anything else as it is. The copy to a GPU is from pinned memory, so
+    that the host does not wait for it."""
+    if not torch.is_tensor(x):
+        return x
+    if torch.cuda.is_available():
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def layout(groups: list[Group], share: bool = True) -> Batch:
@@ -109,23 +141,17 @@ def layout(groups: list[Group], share: bool = True) -> Batch:
 
 
 # ------------------------------------------------------------------------------ attention back ends
-BACKENDS = ("flash-attn", "torch-varlen", "sdpa")
-
-
-def has_flash_attn() -> bool:
-    """Whether the distribution flash-attn is installed; flash-attn-4 uses the same module name."""
-    try:
-        importlib.metadata.version("flash-attn")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+BACKENDS = {  # name: when it is picked
+    "flash-attn": "the fastest",
+    "torch-varlen": "flash-attn is faster and not installed",
+    "sdpa": "the slowest; others need CUDA and bf16, with soft-capping flash-attn as well"}
 
 
 def pick_backend(device: torch.device, dtype: torch.dtype, softcap: float | None = None) -> str:
     """The fastest back end available: a varlen kernel for 16-bit CUDA tensors, else SDPA. torch's
     own varlen_attn has no soft-capping."""
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        if has_flash_attn():
+        if is_installed("flash-attn"):
             return "flash-attn"
         if softcap is None:
             return "torch-varlen"
@@ -277,8 +303,8 @@ def matmul_fp32(a, b):
     return a.float() @ b.float()
 
 
-def head_logits(h, weight, bias, scale, softcap):
-    """softcap(scale * (h W^T + b)): (n, D), (V, D) -> (n, V) float32."""
+def head_logits(h, weight, bias, scale, softcap, vocab):
+    """softcap(scale * (h W^T + b)): (n, D), (V, D) -> (n, V) float32; -inf from row `vocab` on."""
     logits = matmul_fp32(h, weight.T)
     if bias is not None:
         logits += bias
@@ -286,6 +312,7 @@ def head_logits(h, weight, bias, scale, softcap):
         logits *= scale
     if softcap:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
+    logits[:, vocab:] = float("-inf")
     return logits
 
 
@@ -293,25 +320,25 @@ class TokenLogps(torch.autograd.Function):
     """The forward and backward of `token_logps`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, scale, softcap, chunk):
+    def forward(ctx, hidden, weight, bias, target, scale, softcap, chunk, vocab):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         out = torch.empty(len(target), device=hidden.device, dtype=dtype)
         lse = torch.empty_like(out)
         for i in range(0, len(target), chunk):
             rows = slice(i, i + chunk)
-            z = head_logits(hidden[rows], weight, bias, scale, softcap)          # (n, V)
+            z = head_logits(hidden[rows], weight, bias, scale, softcap, vocab)   # (n, V)
             at_target = z.gather(1, target[rows, None])[:, 0]                    # (n,)
             top = z.amax(1)
             lse[rows] = top + z.sub_(top[:, None]).exp_().sum(1).log()
             out[rows] = at_target - lse[rows]
         ctx.save_for_backward(hidden, weight, bias, target, lse)
-        ctx.settings = scale, softcap, chunk
+        ctx.settings = scale, softcap, chunk, vocab
         return out
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, bias, target, lse = ctx.saved_tensors
-        scale, softcap, chunk = ctx.settings
+        scale, softcap, chunk, vocab = ctx.settings
         _, need_w, need_b = ctx.needs_input_grad[:3]
         d_h = torch.empty_like(hidden)
         d_w = weight.new_zeros(weight.shape, dtype=grad.dtype) if need_w else None
@@ -319,13 +346,13 @@ class TokenLogps(torch.autograd.Function):
         for i in range(0, len(target), chunk):
             rows = slice(i, i + chunk)
             h, g = hidden[rows], grad[rows, None]
-            z = head_logits(h, weight, bias, scale, softcap)
+            z = head_logits(h, weight, bias, scale, softcap, vocab)
             if softcap:                                     # d softcap(u) / du, before z changes
                 slope = (z / softcap).square_().neg_().add_(1)
             d_z = z.sub_(lse[rows, None]).exp_().mul_(-g)                    # -g softmax(z)
             d_z.scatter_add_(1, target[rows, None], g)                       # g (1[t] - softmax(z))
             if softcap:
-                d_z.mul_(slope)
+                d_z.mul_(slope)[:, vocab:] = 0              # their slope is not finite
             if scale != 1.0:
                 d_z.mul_(scale)
             if need_b:
@@ -340,11 +367,11 @@ class TokenLogps(torch.autograd.Function):
             d_w = d_w.to(weight.dtype)
         if need_b:
             d_b = d_b.to(bias.dtype)
-        return d_h, d_w, d_b, None, None, None, None
+        return d_h, d_w, d_b, *[None] * 5
 
 
 def token_logps(hidden, weight, target, bias=None, scale: float = 1.0, softcap: float | None = None,
-                chunk_bytes: int | None = None):
+                chunk_bytes: int | None = None, vocab: int | None = None):
     """log softmax(softcap(scale * (h W^T + b)))[target] for every row h, without the (N, V) matrix.
 
         log pi(t | h) = z_t - logsumexp(z),    d/dz = 1[t] - softmax(z)
@@ -353,13 +380,15 @@ def token_logps(hidden, weight, target, bias=None, scale: float = 1.0, softcap: 
     The backward computes each chunk again and sums the weight's gradient in float32 over chunks.
 
     hidden (N, D), weight (V, D), target (N,) int64, bias (V,) or None. softcap c: z -> c tanh(z/c)
-    (Gemma-2). scale multiplies the logits (Cohere, Granite). Returns (N,) float32 nats, float64
-    for float64 input. N may be 0. Check value: W = 0 gives -ln V.
+    (Gemma-2). scale multiplies the logits (Cohere, Granite). vocab: rows of W that count, None:
+    all; the rest is padding. Returns (N,) float32 nats, float64 for float64 input. N may be 0.
+    Check value: W = 0 gives -ln V.
     """
     if chunk_bytes is None:
         chunk_bytes = 2 ** 30 if hidden.is_cuda else 2 ** 25
     chunk = max(1, chunk_bytes // (4 * weight.shape[0]))
-    return TokenLogps.apply(hidden, weight, bias, target, scale, softcap, chunk)
+    vocab = vocab or weight.shape[0]
+    return TokenLogps.apply(hidden, weight, bias, target, scale, softcap, chunk, vocab)
 
 
 # ----------------------------------------------------------------------------------------- LogProbs
@@ -382,7 +411,8 @@ class LogProbs(nn.Module):
             if target is None:
                 return plain_logits(head, hidden)
             bias = getattr(head, "bias", None)
-            return token_logps(hidden, head.weight, target, bias, scale, softcap)
+            return token_logps(hidden, head.weight, target, bias, scale, softcap,
+                               vocab=config.vocab_size)
         head.forward = logits_or_target_logps
 
     def forward(self, b: Batch) -> torch.Tensor:             # (N,)

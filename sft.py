@@ -31,16 +31,20 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
 import data
 from data import HelpFormatter, positive, read_json, write_json, write_lines
-from kernels import Group, LogProbs, layout, pick_backend, use_varlen
+from kernels import BACKENDS, Group, LogProbs, layout, pick_backend, to_device, use_varlen
 
 PRESETS = {  # the paper's table as argparse defaults
     "demo": dict(model="demo", data=["demo:train"], eval_data=["demo:test"], epochs=1, batch_size=8,
@@ -112,7 +116,7 @@ class Packed:
     def __len__(self):
         return len(self.tokens)
 
-    def batch(self, wanted: list[int], device):
+    def batch(self, wanted: list[int]):
         """The rows as one Batch, and the weight of each of its targets."""
         groups, weight = [], []
         for r in wanted:
@@ -123,17 +127,29 @@ class Packed:
                 groups.append(Group([], [ids], [[False] + mask[1:]]))
                 weight.append(self.weight[p])
         batch = layout(groups)
-        weight = torch.tensor(weight, dtype=torch.float32)[batch.sequence]
-        return batch.to(device), weight.to(device)
+        return batch, torch.tensor(weight, dtype=torch.float32)[batch.sequence]
+
+
+def laid_out(rows, wanted, micros):
+    """rows.batch of each micro-batch, on the device. `micros` are positions in `wanted`. A thread
+    lays out the next one while the GPU works on the present one."""
+    batches = (rows.batch([int(wanted[j]) for j in micro]) for micro in micros)
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while present := coming.result():
+            coming = thread.submit(next, batches, None)
+            batch, values = present
+            yield batch.to(device()), to_device(values, device())
 
 
 @torch.no_grad()
 def evaluate_loss(engine, packed, limit, rank, world):
     """Mean nats per target token over all rows of `packed`, split over ranks."""
     engine.eval()
-    nats = 0.0
-    for micro in micro_batches(packed.tokens.tolist(), limit, world)[rank]:
-        nats -= engine(packed.batch(micro, engine.device)[0]).double().sum().item()
+    nats = torch.zeros((), dtype=torch.float64, device=device())
+    micros = micro_batches(packed.tokens.tolist(), limit, world)[rank]
+    for batch, _ in laid_out(packed, range(len(packed)), micros):
+        nats -= engine(batch).double().sum()
     engine.train()
     return all_sum([nats])[0] / packed.targets.sum()
 
@@ -163,6 +179,7 @@ def main(argv=None):
     if args.train_embeddings == "new" and args.weight_decay:
         raise ValueError("--weight-decay: changes rows that --train-embeddings new freezes; use 0")
     started, (rank, world) = time.time(), init_distributed()
+    check_machines(args, world)
     tokenizer = data.load_tokenizer(args.model)
     template = data.set_template(tokenizer, args.chat_template)
     settings = dict(args=args, tokenizer=tokenizer, template=template, loss_on=args.loss_on)
@@ -173,9 +190,7 @@ def main(argv=None):
 
     train = Packed(train_set, data.pack(train_set["length"], args.max_length, args.packing),
                    args.loss_norm)
-    held = None
-    if held_set is not None:
-        held = Packed(held_set, data.pack(held_set["length"], args.max_length), "token")
+    held = held_set and Packed(held_set, data.pack(held_set["length"], args.max_length), "token")
     targets = int(sum(train_set["n_targets"]))
     if train.targets.sum() != targets:
         raise RuntimeError(f"packing lost targets: {train.targets.sum()} of {targets}")
@@ -200,15 +215,14 @@ def main(argv=None):
         total = train.weights[wanted].sum() or 1.0          # the divisor, known before any backward
         mine = micro_batches(train.tokens[wanted].tolist(), args.micro_tokens, world)[rank]
         loss_sum = torch.zeros((), device=device())
-        for m, micro in enumerate(mine):
-            batch, weight = train.batch([int(wanted[j]) for j in micro], device())
+        for m, (batch, weight) in enumerate(laid_out(train, wanted, mine)):
             logps = engine(batch)                                               # (N,) nats
             loss = sft_loss(logps, weight, total)
             engine.set_gradient_accumulation_boundary(m == len(mine) - 1)
             engine.backward(loss * world, scale_wrt_gas=False)                  # ranks are averaged
             loss_sum += loss.detach()
         lr = set_learning_rate(engine, args, step, steps)
-        loss, stopping = all_sum([loss_sum.item(), run.stop])
+        loss, stopping = all_sum([loss_sum, run.stop])
         now = {"step": step + 1, "loss": loss, "lr": lr}
         now["grad_norm"] = clip_and_step(engine, args.zero)
         check_finite(now, "rows", wanted)
@@ -243,7 +257,7 @@ def train_rows_only(weight, ids):
 # Flags that change a result at most by rounding: a resumed run may change them.
 MAY_CHANGE = ("micro_tokens", "gradient_checkpointing", "offload", "save_every", "eval_every",
               "eval_data", "export_dtype", "num_proc", "cache_dir", "output", "overwrite",
-              "local_rank")
+              "local_rank", "dtype_given")
 
 
 def stage_parser(description, presets) -> argparse.ArgumentParser:
@@ -276,7 +290,8 @@ def stage_parser(description, presets) -> argparse.ArgumentParser:
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--seed", type=int, default=42, help="of all orders and draws")
     add = p.add_argument_group("memory and machines").add_argument
-    add("--micro-tokens", type=positive, help="tokens per micro-batch; None: --max-length")
+    add("--micro-tokens", type=positive, help="tokens per micro-batch; None: --max-length, on CUDA "
+        "at least 16384")
     add("--dtype", choices=["fp32", "bf16"], help="of compute; masters: fp32; None: bf16 on CUDA")
     add("--zero", type=int, choices=[0, 1, 2, 3], help="ZeRO stage; None: 0 for fp32, 1 for bf16")
     add("--offload", action="store_true", help="optimiser state in CPU memory (ZeRO 1 to 3)")
@@ -286,7 +301,8 @@ def stage_parser(description, presets) -> argparse.ArgumentParser:
     add = p.add_argument_group("output").add_argument
     add("--output", help="folder of the run")
     add("--overwrite", action="store_true", help="delete --output first")
-    add("--save-every", type=positive, default=200, help="steps between checkpoints")
+    add("--save-every", type=positive, default=200, help="steps between checkpoints; SIGTERM saves "
+        "as well, but the deepspeed launcher kills 30 s after it: too soon for a large model")
     add("--eval-every", type=positive, help="steps between evaluations; None: a quarter of the run")
     add("--export-dtype", choices=["fp32", "bf16"], default="fp32", help="of the exported weights")
     return p
@@ -300,7 +316,9 @@ def parse(argv, p, presets) -> argparse.Namespace:
     args.preset = preset
     print(f"preset: {preset}" if preset else f"no preset names {args.model}: see --help for the "
           "defaults that it gets", file=sys.stderr)
-    args.micro_tokens = args.micro_tokens or args.max_length
+    args.micro_tokens = args.micro_tokens or max(
+        args.max_length, 16384 * torch.cuda.is_available())
+    args.dtype_given = args.dtype is not None
     args.dtype = args.dtype or default_dtype()
     args.zero = int(args.dtype == "bf16") if args.zero is None else args.zero
     if not args.data:
@@ -319,6 +337,12 @@ def default_dtype():
     return {"cuda": "bf16", "cpu": "fp32"}[device().type]
 
 
+def attention_backend(args, config):
+    """That of kernels.pick_backend under these flags."""
+    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return pick_backend(device(), torch_dtype(args.dtype), softcap)
+
+
 def torch_dtype(name):
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
@@ -334,7 +358,7 @@ def find_preset(args, presets) -> str | None:
 
 def plan_steps(args, n, noun) -> tuple[int, int]:
     """(steps per epoch, steps) over n rows or pairs."""
-    if n < torch.distributed.get_world_size():
+    if n < dist.get_world_size():
         raise ValueError(f"--data: only {n} {noun}; use fewer ranks or more data")
     per_epoch = math.ceil(n / args.batch_size)
     steps = args.max_steps or math.ceil(per_epoch * args.epochs)
@@ -353,7 +377,6 @@ def init_distributed():
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import datetime
-    import torch.distributed as dist
     import deepspeed
     for handler in deepspeed.utils.logging.logger.handlers:
         if getattr(handler, "stream", None) is sys.stdout:
@@ -378,15 +401,42 @@ def init_distributed():
 
 def log(*text):
     """To stderr, from rank 0."""
-    if torch.distributed.get_rank() == 0:
+    if dist.get_rank() == 0:
         print(*text, file=sys.stderr, flush=True)
 
 
 def all_sum(values) -> list[float]:
-    """Sum of a few numbers over all ranks, in float64."""
-    t = torch.tensor(values, dtype=torch.float64, device=device())
-    torch.distributed.all_reduce(t)
-    return t.tolist()
+    """Sums of numbers and tensors over all ranks, in float64. Here the host waits for the GPU."""
+    sums = torch.hstack([torch.as_tensor(x, dtype=torch.float64, device=device()) for x in values])
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def check_machines(args, world):
+    """A large model needs a GPU, and all ranks the disk to which rank 0 writes prepared data,
+    reference log-probs and checkpoints."""
+    if device().type == "cpu" and not args.dtype_given and args.model != "demo":
+        from transformers import AutoConfig, AutoModelForCausalLM
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
+        n = model.num_parameters()
+        if n > 1e9:
+            raise ValueError(f"--model {args.model}: {n / 1e9:.1f}e9 parameters, but torch "
+                             f"{torch.__version__} finds no GPU; a newer driver may be needed "
+                             "(nvidia-smi). To train on the CPU all the same, pass --dtype fp32")
+    if world == 1:
+        return
+    for flag, folder in (("--cache-dir", data.cache_folder(args.cache_dir)),
+                         ("--output", Path(args.output))):
+        file = folder / f"seen-by-all-ranks-{os.environ.get('MASTER_PORT')}"
+        if dist.get_rank() == 0:
+            write_lines(file, [])
+        dist.barrier()
+        blind, = all_sum([not file.exists()])
+        file.unlink(missing_ok=True)
+        if blind:
+            raise ValueError(f"{flag} {folder}: {blind:.0f} of {world} ranks do not see what rank "
+                             "0 writes there. Several nodes need a disk that all of them mount")
 
 
 def prepare_rows(sources, args, **settings):
@@ -395,39 +445,32 @@ def prepare_rows(sources, args, **settings):
     if not sources:
         return None, None
     for rank_0 in (True, False):
-        if rank_0 == (torch.distributed.get_rank() == 0):
+        if rank_0 == (dist.get_rank() == 0):
             prepared = data.prepare(
                 sources, max_length=args.max_length, empty_system=args.empty_system, seed=args.seed,
                 bad_rows=args.bad_rows, num_proc=args.num_proc, cache_dir=args.cache_dir,
                 **settings)
-        torch.distributed.barrier()
+        dist.barrier()
     log(data.stats_table(prepared.stats))
     return prepared.dataset, prepared.key
 
 
 def load_model(args, tokenizer, new_ids):
-    """The model in fp32, without dropout, with varlen attention and rows for new tokens (the mean
-    of the others)."""
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    """The model in --dtype on this rank's device, without dropout, with varlen attention and rows
+    for new tokens (the mean of the others).
+
+    The ranks of a machine take turns, so that its memory holds one model. Nothing is cast after
+    loading: `model.to(bfloat16)` would round the rotary frequencies as well."""
+    import filelock
+    turn = data.cache_folder(args.cache_dir) / f"load-{socket.gethostname()}.lock"
     torch.manual_seed(args.seed)
-    if args.model == "demo":
-        model = AutoModelForCausalLM.from_config(LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
-            tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id))
-    else:
-        config = AutoConfig.from_pretrained(args.model)
-        for key in [k for k in vars(config) if k.endswith(("dropout", "pdrop"))]:
-            setattr(config, key, 0.0)
-        model = AutoModelForCausalLM.from_pretrained(
-            args.model, config=config, dtype=torch.float32, use_safetensors=True)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with filelock.FileLock(turn):
+        model = from_pretrained(args, tokenizer).to(device())
     if new_ids:
         old = [i for i in range(len(tokenizer)) if i not in set(new_ids)]
         with torch.no_grad():
             for table in {model.get_input_embeddings(), model.get_output_embeddings()}:
-                table.weight[new_ids] = table.weight[old].mean(0)
+                table.weight[new_ids] = table.weight[old].float().mean(0).to(table.weight.dtype)
     bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if bad:
         raise ValueError(f"--model {args.model}: NaN or infinite weights in {', '.join(bad[:5])}; "
@@ -438,6 +481,30 @@ def load_model(args, tokenizer, new_ids):
     return model
 
 
+def from_pretrained(args, tokenizer):
+    """--model as transformers loads it. Where rows must be added to its embedding, and on CUDA, the
+    rows become a multiple of 64, as tensor cores want them. `config.vocab_size` stays the number
+    of rows that count: LogProbs and export ignore the others."""
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    dtype = torch_dtype(args.dtype)
+    if args.model == "demo":
+        return AutoModelForCausalLM.from_config(LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+            tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id), dtype=dtype)
+    config = AutoConfig.from_pretrained(args.model)
+    for key in [k for k in vars(config) if k.endswith(("dropout", "pdrop"))]:
+        setattr(config, key, 0.0)
+    model = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype,
+                                                 use_safetensors=True)
+    rows = len(model.get_input_embeddings().weight)
+    vocab = max(rows, len(tokenizer))
+    if vocab > rows or device().type == "cuda":
+        model.resize_token_embeddings(64 * math.ceil(vocab / 64), mean_resizing=False)
+        model.config.get_text_config().vocab_size = vocab
+    return model
+
+
 def make_engine(args, module):
     """DeepSpeed around LogProbs. It never averages over micro-batches: the loss has its divisor."""
     import deepspeed
@@ -445,7 +512,9 @@ def make_engine(args, module):
     config = {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
         "gradient_clipping": args.clip, "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10 ** 9, "bf16": {"enabled": bf16},
+        "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10 ** 9,
+        "bf16": {"enabled": bf16, "immediate_grad_update": bf16},   # no second copy of gradients
+        "timers": {"throughput": {"enabled": False}},               # else it waits for the GPU
         "zero_optimization": {"stage": args.zero}}
     if args.offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
@@ -453,7 +522,8 @@ def make_engine(args, module):
         config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=tuple(args.betas), eps=args.eps,
-                                  weight_decay=args.weight_decay)
+                                  weight_decay=args.weight_decay,
+                                  fused=device().type == "cuda")
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     engine.train()
     return engine
@@ -476,22 +546,28 @@ def check_finite(now, noun, wanted):
 
 def clip_and_step(engine, zero):
     """The optimiser's step with clipped gradients; returns their norm before clipping."""
-    if zero:
-        engine.step()
-        return float(engine.get_global_grad_norm())
-    gradients = [p.grad for p in engine.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)         # at ZeRO 0 DeepSpeed forgets it
+    if not zero:                                            # at ZeRO 0 DeepSpeed forgets it
+        gradients = [p.grad for p in engine.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
     engine.step()
+    if zero:
+        norm = engine.get_global_grad_norm()
+    if norm is None or not engine.was_step_applied():       # DeepSpeed skips it without a word
+        return math.inf
     return float(norm)
+
+
+def numel(p):
+    """Elements of a parameter, at ZeRO 3 those of all ranks."""
+    return getattr(p, "ds_numel", p.numel())
 
 
 def useful_flops(model, tokens, targets, attended):
     """FLOPs of forward and backward that the result needs: 6 per weight and token in the body, 6
     per weight of the head and target, 12 per layer, head width and (query, key) pair."""
     config, head = model.config.get_text_config(), model.get_output_embeddings().weight
-    size = getattr(head, "ds_numel", None) or head.numel()
-    total = sum(getattr(p, "ds_numel", None) or p.numel() for p in model.parameters())
-    body = total - size * (1 if config.tie_word_embeddings else 2)
+    size = numel(head)
+    body = sum(map(numel, model.parameters())) - size * (1 if config.tie_word_embeddings else 2)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim
     return float(6 * body * tokens + 6 * size * targets + attention * attended)
@@ -509,7 +585,7 @@ def peak_gib():
 def save_checkpoint(engine, folder, step):
     """All that a resumed run needs. `latest` names it once every rank has written its part, which
     DeepSpeed does not wait for; then older ones are deleted."""
-    name, rank = f"step-{step}", torch.distributed.get_rank()
+    name, rank = f"step-{step}", dist.get_rank()
     try:
         engine.save_checkpoint(str(folder), name, client_state={"step": step}, save_latest=False)
         if rank == 0:
@@ -522,7 +598,7 @@ def save_checkpoint(engine, folder, step):
         for old in folder.glob("step-*"):
             if old.name != name:
                 shutil.rmtree(old)
-    torch.distributed.barrier()
+    dist.barrier()
 
 
 def load_checkpoint(engine, folder):
@@ -560,13 +636,16 @@ def export(engine, tokenizer, end_of_turn_id, args):
     """An ordinary Hugging Face folder from the fp32 masters, at any ZeRO stage."""
     from deepspeed.utils import safe_get_full_fp32_param
     model, folder, state = engine.module.model, Path(args.output), {}
-    rank = torch.distributed.get_rank()
-    dtype = torch_dtype(args.export_dtype)
+    rank = dist.get_rank()
+    dtype, vocab = torch_dtype(args.export_dtype), model.config.get_text_config().vocab_size
+    tables = {*model.get_input_embeddings().parameters(),
+              *model.get_output_embeddings().parameters()}
     for name, p in model.named_parameters():
         has_master = hasattr(p, "_hp_mapping") or hasattr(p, "ds_id")
         full = safe_get_full_fp32_param(p) if has_master else p.data
         if rank == 0:
-            state[name] = full.detach().to("cpu", dtype, copy=True)
+            rows = slice(vocab if p in tables else None)    # without padding
+            state[name] = full.detach()[rows].to("cpu", dtype, copy=True)
     if rank == 0:
         saved = set(model.state_dict())
         state |= {name: b.detach().cpu() for name, b in model.named_buffers() if name in saved}
@@ -588,7 +667,7 @@ def export(engine, tokenizer, end_of_turn_id, args):
                           ) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    torch.distributed.barrier()
+    dist.barrier()
 
 
 def git_commit() -> str | None:
@@ -634,19 +713,17 @@ class Run:
 
     def __init__(self, args, engine, stage, steps, curves=CURVES, **info):
         self.args, self.engine, self.steps, self.curves = args, engine, steps, curves
-        self.rank, self.out, self.stop = torch.distributed.get_rank(), Path(args.output), False
+        self.rank, self.out, self.stop = dist.get_rank(), Path(args.output), False
         if self.rank == 0 and args.overwrite:               # only now: all inputs have been checked
             shutil.rmtree(self.out, ignore_errors=True)
-        torch.distributed.barrier()
+        dist.barrier()
         self.first = load_checkpoint(engine, self.out / "checkpoints")
         self.before = cumulative(args.model, stage)
         model, metrics = engine.module.model, self.out / "metrics.jsonl"
-        n = sum(getattr(p, "ds_numel", None) or p.numel() for p in model.parameters())
-        softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-        backend = pick_backend(engine.device, next(model.parameters()).dtype, softcap)
-        world = torch.distributed.get_world_size()
+        n, backend = sum(map(numel, model.parameters())), attention_backend(args, model.config)
+        world = dist.get_world_size()
         log(f"{n:,} parameters, {world} rank(s), {args.dtype}, ZeRO {args.zero}, attention by "
-            f"{backend}, from step {self.first}")
+            f"{backend} ({BACKENDS[backend]}), from step {self.first}")
         self.info = {"stage": stage, "flags": vars(args), "world": world, "git": git_commit(),
                      "parameters": n, "started": time.strftime("%Y-%m-%d %H:%M:%S"), **info,
                      "versions": {"torch": torch.__version__}}
@@ -715,20 +792,17 @@ class Run:
             plot_curves(self.out / "curves.png", {self.out.name: self.history}, self.curves)
             write_json(self.out / "run.json", self.info | {"result": result})
             shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
-        torch.distributed.barrier()
+        dist.barrier()
         self.engine.destroy()                               # else ZeRO's hooks keep weights alive
+        from deepspeed.runtime.zero.partition_parameters import (
+            InsertPostInitMethodToModuleSubClasses as zero_3)
+        F.linear = getattr(zero_3, "linear_bk", F.linear)   # ZeRO 3 leaves its own behind
         return result
 
 
 def rounded(value):
     """Numbers with six significant digits, for the JSON line."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(v) for v in value]
-    return value
+    return json.loads(json.dumps(value), parse_float=lambda digits: float(f"{float(digits):.6g}"))
 
 
 def run_main(main):
@@ -739,10 +813,10 @@ def run_main(main):
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         print(json.dumps(rounded(result)), flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ refusals. On a GPU: the back ends against fp32, speed and memory of one step."""
 import copy
 import functools
 import math
+import os
 import subprocess
 import sys
 import time
@@ -258,6 +259,20 @@ def test_token_logps_equals_log_softmax_and_its_gradient(softcap):
     assert torch.autograd.gradcheck(logps, (h, w, b))
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_padded_rows_do_not_count(softcap):
+    """Log-probs and gradients of 11 real rows, whatever the 5 rows of padding hold."""
+    torch.manual_seed(0)
+    h, w, b = (torch.randn(*shape, requires_grad=True) for shape in ((7, 4), (16, 4), (16,)))
+    t = torch.randint(11, (7,))
+    expected = token_logps(h, w[:11], t, b[:11], 1.7, softcap, 132)
+    logps = token_logps(h, w, t, b, 1.7, softcap, 132, vocab=11)
+    torch.testing.assert_close(logps, expected)
+    for a, e in zip(*(torch.autograd.grad(x.sum(), (h, w, b)) for x in (logps, expected))):
+        torch.testing.assert_close(a, e)
+        assert len(a) == 7 or a[11:].abs().max() == 0
+
+
 def test_token_logps_degenerate():
     h = torch.randn(5, 4)
     t = torch.arange(5)
@@ -337,6 +352,23 @@ def test_the_model_stays_an_ordinary_one(tmp_path):
     assert_close(model(x).logits, spec(x).logits)
     greedy = dict(max_new_tokens=4, do_sample=False)
     assert torch.equal(model.generate(x, **greedy), spec.generate(x, **greedy))
+
+
+@pytest.mark.parametrize("argv", [
+    ["sft.py", "--max-steps", "1", "--data", "demo:test", "--max-length", "128"],
+    ["dpo.py", "--help"], ["online_dpo.py", "--help"], ["evaluate.py", "--help"],
+    ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py", "-k", "layout"],
+    ["-c", "import evaluate; from transformers import LlamaForCausalLM"]])
+def test_beside_hugging_faces_package_kernels(argv, tmp_path):
+    """Its distribution is installed in the version that transformers would use."""
+    info = tmp_path / "kernels-0.18.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    if argv[0] == "sft.py":
+        argv = [*argv, "--output", tmp_path / "run", "--cache-dir", tmp_path / "cache"]
+    process = subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=ROOT,
+                             env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert process.returncode == 0, process.stderr[-3000:]
 
 
 # -------------------------------------------------------------------------------------------- GPU

@@ -26,6 +26,8 @@ import data
 import kernels
 import sft
 from conftest import start_ranks
+from test_data import bpe_tokenizer
+from test_kernels import documents, random_ids
 
 SMALL = ["--data", "demo:test", "--eval-data", "demo:test=0.1", "--max-length", "128",
          "--batch-size", "6", "--lr", "1e-3"]
@@ -71,9 +73,21 @@ def test_packed_rows_by_hand():
     assert packed.targets.tolist() == [3, 2]
     assert packed.weights.tolist() == pytest.approx([1 / 2 + 1 / 2 + 1 / 3, 1 / 3 + 1 / 3])
     assert packed.attended.tolist() == [6 + 3, 6]
-    batch, weight = packed.batch([0, 1], "cpu")
+    batch, weight = packed.batch([0, 1])
     assert batch.target.tolist() == [5, 6, 6, 7, 8]
     assert weight.tolist() == pytest.approx([1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 3])
+
+
+def test_micro_batches_are_laid_out_in_order_and_errors_arrive():
+    class Rows:
+        def batch(self, wanted):
+            return kernels.layout([kernels.Group([], [[i, 9], ], [[False, True]])
+                                   for i in wanted]), torch.tensor(wanted)
+    batches = [*sft.laid_out(Rows(), [5, 6, 7, 8], [[2, 0], [], [3]])]
+    assert [values.tolist() for _, values in batches] == [[7, 5], [], [8]]
+    assert [b.input_ids.tolist() for b, _ in batches] == [[[7, 9, 5, 9]], [[0]], [[8, 9]]]
+    with pytest.raises(IndexError):
+        [*sft.laid_out(Rows(), [5], [[0], [1]])]
 
 
 def test_text_bytes_by_hand():
@@ -183,6 +197,58 @@ def test_presets_by_name_by_model_and_by_the_folder_of_a_run(tmp_path):
 
 def parse(*flags):
     return sft.parse([*map(str, flags)], sft.parser(), sft.PRESETS)
+
+
+def test_micro_tokens_by_device(monkeypatch):
+    """One row on a CPU, 16,384 tokens or one row on CUDA."""
+    for cuda, expected in ((False, [8192, 32768]), (True, [16384, 32768])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        for length, n in zip((8192, 32768), expected):
+            assert parse("--max-length", length).micro_tokens == n
+
+
+def save_random_model(folder, tokenizer, vocab):
+    """A random Llama's folder of `vocab` rows."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    model = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=vocab, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2))
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_new_rows_fill_a_multiple_of_64_that_nobody_sees(dtype, tmp_path):
+    """A vocabulary without room for ChatML's two tokens. In training its rows are a multiple of 64;
+    log-probs and the exported folder have the real ones. New rows start as the mean."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer = bpe_tokenizer()
+    n = len(tokenizer)
+    save_random_model(tmp_path / "base", tokenizer, n)
+    flags = ["--model", tmp_path / "base", "--dtype", dtype, "--max-steps", 1]
+    args = parse(*SMALL, *flags, "--cache-dir", tmp_path)
+    template = data.set_template(tokenizer)
+    new_ids = tokenizer.convert_tokens_to_ids(list(template.new_tokens))
+    assert new_ids == [n, n + 1]
+    model = sft.load_model(args, tokenizer, new_ids)
+    table = model.get_input_embeddings().weight.detach()
+    assert len(table) == 64 * math.ceil((n + 2) / 64) > n + 2
+    torch.testing.assert_close(table[n].float(), table[:n].float().mean(0), atol=1e-4, rtol=1e-2)
+    groups = documents(random_ids(9))
+    logps = kernels.LogProbs(model)(kernels.layout(groups))
+    model.resize_token_embeddings(n + 2)
+    torch.testing.assert_close(kernels.LogProbs(model)(kernels.layout(groups)), logps)
+    run(tmp_path / "run", *flags)
+    exported, again = (auto.from_pretrained(tmp_path / "run")
+                       for auto in (AutoModelForCausalLM, AutoTokenizer))
+    assert len(exported.lm_head.weight) == exported.config.vocab_size == len(again) == n + 2
+    assert again("a<|im_end|>").input_ids == tokenizer("a<|im_end|>").input_ids
+
+
+def test_zero_3_leaves_torch_as_it_was(tmp_path):
+    linear = torch.nn.functional.linear
+    run(tmp_path / "run", "--max-steps", 1, "--zero", 3)
+    assert torch.nn.functional.linear is linear
 
 
 # --------------------------------------------------------------------------------------- resume
@@ -421,6 +487,25 @@ def test_fewer_rows_than_ranks(monkeypatch):
         sft.plan_steps(parse(), 1, "rows")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
+def test_a_large_model_without_a_gpu_is_refused_unless_asked_for(tmp_path):
+    from transformers import LlamaConfig
+    LlamaConfig(hidden_size=2048, num_hidden_layers=24, vocab_size=32000).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\d\.\de9 parameters.*finds no GPU.*pass --dtype fp32"):
+        sft.check_machines(parse("--model", tmp_path, "--data", "x"), 1)
+    sft.check_machines(parse("--model", tmp_path, "--data", "x", "--dtype", "fp32"), 1)
+
+
+def test_ranks_without_a_shared_disk_are_refused(tmp_path, monkeypatch):
+    sft.init_distributed()
+    args = parse("--output", tmp_path / "run", "--cache-dir", tmp_path / "cache")
+    sft.check_machines(args, 2)
+    assert [*tmp_path.glob("*/*")] == []
+    monkeypatch.setattr(sft, "write_lines", lambda *file_and_lines: None)
+    with pytest.raises(ValueError, match="--cache-dir .*cache: 1 of 2 ranks do not see"):
+        sft.check_machines(args, 2)
+
+
 def loss_nan(logps, *_):
     return logps.sum() * math.nan
 
@@ -429,13 +514,14 @@ def gradient_nan(logps, *_):
     return (logps.sum() * 0).sqrt()
 
 
-@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("zero, dtype", [(0, "fp32"), (1, "fp32"), (1, "bf16"), (3, "bf16")])
 @pytest.mark.parametrize("loss, reason", [
     (loss_nan, "the loss is nan"), (gradient_nan, r"the loss is 0.0, the gradient norm (nan|inf)")])
-def test_what_is_not_finite_stops_and_names_its_rows(loss, reason, zero, tmp_path, monkeypatch):
+def test_what_is_not_finite_stops_and_names_its_rows(loss, reason, zero, dtype, tmp_path,
+                                                     monkeypatch):
     monkeypatch.setattr(sft, "sft_loss", loss)
     with pytest.raises(FloatingPointError, match=rf"step 1: {reason}.* on rows \[\d+, "):
-        run(tmp_path / "out", "--max-steps", 2, "--zero", zero)
+        run(tmp_path / "out", "--max-steps", 2, "--zero", zero, "--dtype", dtype)
 
 
 def test_deepspeed_needs_no_compiler_on_a_cpu():
