@@ -15,9 +15,9 @@ shards.
     python data.py select --pairs --method a2 --budget 10000 --data PAIRS.jsonl
     python data.py annotate --rm MODEL --data RATED.jsonl UNRATED.jsonl
 
-A source is NAME[:split][=fraction]. NAME is a Hub id, a .jsonl, .jsonl.gz, .parquet or .csv file, a
-save_to_disk folder, `demo`, `demo-pairs` or a mix (MIXES). Columns decide the format of a row
-(FORMATS, PAIR_FORMATS).
+A source is NAME[:[config:]split][=fraction]. NAME is a Hub id, a file (ENDINGS), a save_to_disk
+folder, `demo`, `demo-pairs` or a mix (MIXES). A fraction counts rows without duplicates. Columns
+decide the format of a row (FORMATS, PAIR_FORMATS). Text columns that no format reads are named.
 """
 from __future__ import annotations
 
@@ -25,15 +25,18 @@ import argparse
 import contextlib
 import functools
 import glob
+import gzip
 import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import operator
 import os
 import random
 import re
 import sys
+import tempfile
 import threading
 import unicodedata
 import uuid
@@ -48,18 +51,20 @@ import pandas
 # ------------------------------------------------------------------------------ sources and mixes
 class Source(NamedTuple):
     name: str
-    split: str = "train"
+    split: str = "train"           # or config:split
     fraction: float = 1.0
 
 
-# The sources of the paper's table of SFT data and of its DPO mixtures, with the fractions of the
-# authors' configs. Of lion-dpo-study the paper names UltraFeedback, HH-RLHF and TLDR; the rest of
-# its 264K pairs is our choice.
-ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
-TLDR = "CarperAI/openai_summarize_comparisons"
-SMALL_PAIRS = ["argilla/distilabel-capybara-dpo-7k-binarized",
-               "argilla/distilabel-intel-orca-dpo-pairs", "jondurbin/py-dpo-v0.1"]
-SERIES_PAIRS = [*SMALL_PAIRS, ULTRAFEEDBACK, "nvidia/HelpSteer", "PKU-Alignment/PKU-SafeRLHF=0.1"]
+# The sources of the paper's table of SFT data (the public originals), and of its DPO mixtures (the
+# authors' own copies on the Hub), with the fractions of the authors' configs. Of lion-dpo-study the
+# paper names UltraFeedback, HH-RLHF, TLDR and 264K pairs in all. The small sets and the half of
+# HH-RLHF are our choice.
+AUTHORS = "Columbia-NLP/DPO-"
+ULTRAFEEDBACK = f"{AUTHORS}UltraFeedback_binarized:train_prefs"
+TLDR = f"{AUTHORS}tldr-summarisation-preferences"
+SMALL_PAIRS = [f"{AUTHORS}distilabel-capybara-dpo-7k-binarized",
+               f"{AUTHORS}distilabel-intel-orca-dpo-pairs_cleaned", f"{AUTHORS}py-dpo-v0.1"]
+SERIES_PAIRS = [*SMALL_PAIRS, ULTRAFEEDBACK, f"{AUTHORS}HelpSteer", f"{AUTHORS}PKU-SafeRLHF=0.1"]
 DEITA_10K = "HuggingFaceH4/deita-10k-v0-sft:train_sft"
 LARGE_SFT = ["teknium/OpenHermes-2.5", "meta-math/MetaMathQA",
              "HuggingFaceH4/ultrachat_200k:train_sft"]
@@ -68,16 +73,17 @@ MIXES = {
                  "LDJnr/Capybara", DEITA_10K, "ise-uiuc/Magicoder-Evol-Instruct-110K"],
     "lion-sft-1.6m": LARGE_SFT,
     "deita-10k": [DEITA_10K],
-    "lion-dpo-study": [ULTRAFEEDBACK, "Anthropic/hh-rlhf=0.5", TLDR, *SMALL_PAIRS],
-    "lion-dpo-gemma": [*SERIES_PAIRS, f"{TLDR}=0.1", "berkeley-nest/Nectar=0.25"],
-    "lion-dpo-llama": [*SERIES_PAIRS, "berkeley-nest/Nectar"]}
+    "lion-dpo-study": [ULTRAFEEDBACK, f"{AUTHORS}hh-rlhf=0.5", TLDR, *SMALL_PAIRS],
+    "lion-dpo-gemma": [*SERIES_PAIRS, f"{TLDR}=0.1", f"{AUTHORS}Nectar=0.25"],
+    "lion-dpo-llama": [*SERIES_PAIRS, f"{AUTHORS}Nectar"]}
 
 
 def parse_source(text: str) -> Source:
-    """'NAME[:split][=fraction]' -> Source. A name that exists as a path is taken whole."""
+    """'NAME[:[config:]split][=fraction]' -> Source. A name that exists as a path is taken whole."""
     if os.path.exists(text):
         return Source(text)
-    name, split, share = re.fullmatch(r"(.+?)(?::([\w-]+))?(?:=([\d.]+))?", text).groups()
+    name, split, share = re.fullmatch(
+        r"(.+?)(?::((?:[^:=/]+:)?[\w-]+))?(?:=([\d.]+))?", text).groups()
     if share and not 0 < float(share) <= 1:
         raise ValueError(f"--data {text}: the fraction must be in (0, 1], not {share}")
     return Source(name, split or "train", float(share or 1))
@@ -97,33 +103,81 @@ def parse_sources(texts: list[str]) -> list[Source]:
 
 
 JSON_LINE = "lions_json_line"      # the one column of raw rows that are still text, a JSON each
+ENDINGS = ".jsonl, .ndjson, .json, .csv, .tsv, each also with .gz, or .parquet"
+
+
+def check_split(source, splits):
+    if source.split not in splits:
+        raise ValueError(f"--data {source.name}:{source.split}: the splits are {', '.join(splits)}")
 
 
 def load_source(source, folder):
     """Raw rows as a memory-mapped datasets.Dataset: a table, or one column JSON_LINE, so that rows
-    need no common schema. `folder` gets the Arrow copy of a file, under a hash of its content."""
+    need no common schema. `folder` gets the copies of files and downloads."""
     name, split = source.name, source.split
     if name in DEMO_ROWS:
-        lines = [json.dumps(row) for row in demo_rows(name, split)]
-        return datasets.Dataset.from_dict({JSON_LINE: lines})
+        check_split(source, DEMO_ROWS[name])
+        return json_dataset(demo_rows(name, split))
     if os.path.isdir(name):
-        saved = datasets.load_from_disk(name)
-        if isinstance(saved, datasets.DatasetDict):
-            return saved[split]
-        return saved
-    if name.endswith(".csv"):
-        text = pandas.read_csv(name, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-        return datasets.Dataset.from_pandas(text)
-    if not name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        return datasets.load_dataset(name, split=split)
+        splits = datasets.load_from_disk(name)
+        if isinstance(splits, datasets.Dataset):
+            splits = {"train": splits}
+        check_split(source, splits)
+        return splits[split]
+    ending = re.search(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz)?$", name)
+    if ending or os.path.isfile(name):
+        check_split(source, ["train"])
+        return load_file(name, ending, folder / "files" / hash_of(file_hash(name)))
+    *config, split = split.split(":")
+    return load(name, name, *config, split=split, cache_dir=str(folder / "hub"))
+
+
+def load(name, *args, **settings):
+    """datasets.load_dataset. What the library, the Hub and the connection raise is one ValueError:
+    an unknown or gated data set, a missing config or split, a loading script, a broken download."""
+    try:
+        return datasets.load_dataset(*args, **settings)
+    except Exception as error:
+        cause = error.__cause__ or error
+        text = " ".join(str(cause).split())[:500]
+        raise ValueError(f"--data {name}: {type(cause).__name__}: {text} (a source is a Hub id, "
+                         "ID:split or ID:config:split, a saved folder, or a file that ends in "
+                         f"{ENDINGS})") from None
+
+
+def json_dataset(rows):
+    return datasets.Dataset.from_dict({JSON_LINE: [json.dumps(row) for row in rows]})
+
+
+def load_file(name, ending, folder):
+    """A file's raw rows. `folder` is named by the file's content and gets its Arrow copy."""
+    if ending is None:
+        raise ValueError(f"--data {name}: unknown ending; a file ends in {ENDINGS}")
     if os.path.getsize(name) == 0:
         raise ValueError(f"--data {name}: the file is empty")
     copy = dict(data_files=glob.escape(os.path.abspath(name)), split="train",
-                cache_dir=str(folder / "files" / content_hash(source)))
-    if name.endswith(".parquet"):
-        return datasets.load_dataset("parquet", **copy)
-    lines = datasets.load_dataset("text", encoding="utf-8-sig", **copy)
-    return lines.rename_column("text", JSON_LINE)
+                cache_dir=str(folder))
+    kind, zipped = ending.groups()
+    if kind == "parquet":
+        return load(name, "parquet", **copy)
+    separator = {"csv": ",", "tsv": "\t"}.get(kind)
+    try:
+        if separator:
+            return csv_dataset(name, separator)
+        with (gzip.open if zipped else open)(name, "rt", encoding="utf-8-sig") as f:
+            if kind == "json" and f.read(1) == "[":
+                return json_dataset(json.loads(f"[{f.read()}"))
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"--data {name}: {error}; it must be whole, and UTF-8") from None
+    return load(name, "text", encoding="utf-8-sig", **copy).rename_column("text", JSON_LINE)
+
+
+def csv_dataset(name, separator):
+    rows = pandas.read_csv(name, sep=separator, dtype=str, keep_default_na=False,
+                           encoding="utf-8-sig")
+    if not isinstance(rows.index, pandas.RangeIndex):       # pandas: the first field is an index
+        raise ValueError("rows have more fields than the header")
+    return datasets.Dataset.from_pandas(rows)
 
 
 def raw_rows(batch, positions, name):
@@ -153,14 +207,14 @@ def file_hash(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def content_hash(source):
+def content_hash(source, folder):
     """A hash of all that decides a source's rows, so that no cache serves a changed file."""
     path = Path(source.name)
     if path.exists():
         files = sorted(p for p in path.rglob("*") if p.is_file()) or [path]
         content = [file_hash(p) for p in files]
     else:
-        content = source.name in DEMO_ROWS or load_source(source, Path())._fingerprint
+        content = source.name in DEMO_ROWS or load_source(source, folder)._fingerprint
     return hash_of(source.name, source.split, content, file_hash(__file__))
 
 
@@ -180,6 +234,14 @@ class Conversation(NamedTuple):
     last_only: bool = False        # only the last assistant turn is trained (a pair's chosen)
     answer: str | None = None      # reference answer for exact match
     unfinished: bool = False       # the last turn was cut by a length limit: no end of turn
+    untrained: tuple = ()          # which assistant turns, from 0, are marked as not trained
+
+
+SIDES = ("chosen", "rejected")
+
+
+def unrated(pair):
+    return pair._replace(score_chosen=None, score_rejected=None)
 
 
 def with_answer(pair, which):
@@ -201,29 +263,58 @@ def ask(question, answer) -> list[dict]:
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-         "model": "assistant", "system": "system", "Human": "user", "Assistant": "assistant"}
+         "model": "assistant", "system": "system", "Human": "user", "Assistant": "assistant",
+         "User": "user"}
+# What no rule reads: a row or turn that holds one is refused
+UNREAD = ("tools functions tool_calls function_call reasoning reasoning_content thinking images "
+          "image videos audio").split()
+TRAIN_MARKS = "weight train trainable training loss".split()    # 0 or false: not trained
+
+
+def check_read(fields):
+    for name in UNREAD:
+        if fields.get(name) not in (None, "", "[]", "null", [], {}):
+            raise ValueError(f"{name}: no rule reads it")
 
 
 def turns(raw) -> list[dict]:
-    """A list of {role, content}, ShareGPT's {from, value} or Capybara's {input, output}, as
-    [{role, content}]."""
+    """A list of {role, content}, of ShareGPT's {from, value}, of Capybara's {input, output} or of
+    [question, answer], as [{role, content}], with `untrained` where a mark asks for it."""
     if isinstance(raw, str):
         raise ValueError("messages are text, not a list")
     messages = []
     for m in raw or []:
-        if "output" in m:
+        if isinstance(m, list):
+            messages += ask(*m)
+        elif "output" in m:
             messages += ask(m["input"], m["output"])
-            continue
-        role, content = ("role", "content") if "role" in m else ("from", "value")
-        if m.get(role) not in ROLES:
-            raise ValueError("unknown role")
-        messages.append({"role": ROLES[m[role]], "content": m.get(content)})
+        else:
+            check_read(m)
+            role, content = ("role", "content") if "role" in m else ("from", "value")
+            if m.get(role) not in ROLES:
+                raise ValueError("unknown role")
+            messages.append({"role": ROLES[m[role]], "content": m.get(content)})
+            if ROLES[m[role]] == "assistant" and any(m.get(mark, 1) == 0 for mark in TRAIN_MARKS):
+                messages[-1]["untrained"] = True
     return messages
 
 
+def unmarked(messages) -> list[int]:
+    """Takes the marks of turns away. Which assistant turns, from 0, had one."""
+    marks = [m.pop("untrained", False) for m in messages if m["role"] == "assistant"]
+    return np.flatnonzero(marks).tolist()
+
+
+EXTRA = "<extra_id_1>"
+
+
 def transcript(text) -> list[dict]:
-    """HH-RLHF: '\\n\\nHuman: ..' and '\\n\\nAssistant: ..' turns."""
-    before, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())
+    """HH-RLHF: '\\n\\nHuman: ..' and '\\n\\nAssistant: ..' turns. HelpSteer2: a question, then
+    turns behind '<extra_id_1>Assistant' and '<extra_id_1>User'."""
+    marks = r"\n\n(Human|Assistant):"
+    if EXTRA in text:
+        marks, text = rf"\s*{EXTRA}(User|Assistant)\s", f"{EXTRA}User\n{text}"
+    before, *parts = re.split(marks, "\n\n" + text.lstrip())
     if before.strip():
         raise ValueError("text before the first turn")
     return [{"role": ROLES[who], "content": content.strip()}
@@ -231,12 +322,15 @@ def transcript(text) -> list[dict]:
 
 
 def is_transcript(text):
-    return isinstance(text, str) and text.lstrip().startswith("Human:")
+    return isinstance(text, str) and (text.lstrip().startswith("Human:") or EXTRA in text)
+
+
+SYSTEM = ("system", "system_prompt", "system_message")
 
 
 def add_system(messages, row) -> list[dict]:
     """The messages behind the row's system column, unless they have a system turn."""
-    system = row.get("system") or row.get("system_prompt")
+    system = next((row[name] for name in SYSTEM if row.get(name)), None)
     if not system or messages[:1] and messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}] + messages
@@ -248,17 +342,23 @@ ANSWERS = ("output", "response", "answer", "completion")
 
 def prompt_of(row) -> list[dict]:
     """What precedes the answer: the first of QUESTIONS, a text (and the row's input and context), a
-    transcript or a list of turns."""
+    transcript or a list of turns, behind the row's history."""
     names = [name for name in QUESTIONS if row.get(name)]
     if not names:
         return []
     question = row[names[0]]
-    if is_transcript(question):
-        return transcript(re.sub(r"\n\nAssistant:\s*$", "", question))
     if not isinstance(question, str):
-        return add_system(turns(question), row)
-    texts = [question, *(row[name] for name in names[1:] if name in ("input", "context"))]
-    return add_system([user("\n\n".join(texts))], row)
+        messages = turns(question)
+    elif is_transcript(question):
+        messages = transcript(question)
+        if messages[-1] == assistant(""):                   # the header of the answer
+            messages.pop()
+    else:
+        texts = [question, *(row[name] for name in names[1:] if name in ("input", "context"))]
+        messages = [user("\n\n".join(texts))]
+    if isinstance(row.get("history"), list):
+        messages = turns(row["history"]) + messages
+    return add_system(messages, row)
 
 
 def reference(row) -> str | None:
@@ -267,20 +367,28 @@ def reference(row) -> str | None:
 
 def from_turns(name, row):
     """A column of turns. Our own files add `last_only` and `unfinished`."""
-    messages = add_system(turns(row[name]), row)
-    return Conversation(messages, row.get("last_only") is True, reference(row),
-                        row.get("unfinished") is True)
+    return Conversation(add_system(turns(row[name]), row), row.get("last_only") is True,
+                        reference(row), row.get("unfinished") is True)
+
+
+def answer_of(row, answer) -> list[dict]:
+    """An answer, a text or a list of turns, as turns. The white space around an answer to a
+    transcript is the transcript's."""
+    if isinstance(answer, list):
+        return turns(answer)
+    if isinstance(answer, str) and any(is_transcript(row.get(name)) for name in QUESTIONS):
+        answer = answer.strip()
+    return [assistant(answer)]
 
 
 def from_answer(name, row):
     """Columns of a question and an answer. GSM8K's reference answer follows '####'."""
-    answer, prompt, right = row[name], prompt_of(row), reference(row)
+    prompt, right = prompt_of(row), reference(row)
     if not prompt:
         raise ValueError("no question beside the answer")
     if name == "answer":
         right = final_answer(right) if right and "####" in right else None
-    answer = turns(answer) if isinstance(answer, list) else [assistant(answer)]
-    return Conversation(prompt + answer, False, right)
+    return Conversation(prompt + answer_of(row, row[name]), False, right)
 
 
 def from_preference(row):
@@ -293,15 +401,23 @@ def side(row, which) -> list[dict]:
     """The whole conversation that ends in the `which` answer. The answer is a text or a list of
     turns, or a transcript or list that holds its prompt, too."""
     answer, prompt = row[which], prompt_of(row)
-    if not isinstance(answer, str):
-        answer = turns(answer)
-    elif is_transcript(answer) or not prompt:
+    if is_transcript(answer) or (isinstance(answer, str) and not prompt):
         answer = transcript(answer)
     else:
-        answer = [assistant(answer)]
+        answer = answer_of(row, answer)
     if answer and answer[0]["role"] == "assistant":
-        return prompt + answer
-    return add_system(answer, row)
+        return without_tldr(prompt + answer)
+    return without_tldr(add_system(answer, row))
+
+
+def without_tldr(messages):
+    """In every version of TLDR's pairs 'TL;DR:' ends the prompt and begins no answer."""
+    *_, question, answer = [user(""), user(""), *messages]
+    if question["content"].startswith("SUBREDDIT:"):
+        post = re.sub(r"\s*(TL;DR:)?\s*$", "", question["content"])
+        question["content"] = f"{post}\nTL;DR:"
+        answer["content"] = answer["content"].strip().removeprefix("TL;DR:").strip()
+    return messages
 
 
 def pair_from_preference(row):
@@ -318,11 +434,12 @@ def pair_from_preference(row):
 # Ratings are brought to 1..10 by 1 + 9 (r - low) / (high - low): A2's cut of 2 and AlpaGasus' 4.5
 # of 5 (8.875) count on that scale. Unrated: HH-RLHF, TLDR (a rater's confidence is no rating of an
 # answer), PKU-SafeRLHF, py-dpo, Nectar (ranks).
-SCALES = {
-    "score_{}": (1, 10),           # UltraFeedback binarized, TRL's and our own files
-    "{}_score": (1, 10),
-    "{}-rating": (1, 5),           # UltraFeedback cleaned by Argilla: mean of four aspects
-    "rating_{}": (1, 5)}           # Capybara-DPO
+SCALES = [
+    ("score_{}", 1, 10),           # UltraFeedback binarized, TRL's and our own files
+    ("{}_score", 1, 10),
+    ("{}-rating", 1, 5),           # UltraFeedback cleaned by Argilla: mean of four aspects
+    ("rating_{}", 1, 5),           # Capybara-DPO
+    ("{}_rating", 1, 5), ("{}_rating", 1, 10)]         # Argilla's mixes: what holds both
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")    # UltraFeedback raw
 HELPSTEER = ("helpfulness", "correctness", "coherence")     # complexity and verbosity are style
 
@@ -346,11 +463,14 @@ def ratings_of(row) -> list:
         if len(both) == 2 and None not in both:
             return [max(both), min(both)]
         return [None, None]
-    for column, scale in SCALES.items():
-        both = [on_ten(row.get(column.format(which)), *scale) for which in ("chosen", "rejected")]
-        if both != [None, None]:
+    partial = [None, None]
+    for column, *scale in SCALES:
+        both = [on_ten(row.get(column.format(which)), *scale) for which in SIDES]
+        if None not in both:
             return both
-    return [None, None]
+        if partial == [None, None]:
+            partial = both
+    return partial
 
 
 def draw(text, n):
@@ -377,8 +497,8 @@ def best_against_drawn(row, rated: list[tuple]) -> Pair:
 
 
 def mean_rating(ratings, low, high) -> float | None:
-    ratings = [on_ten(r, low, high) for r in ratings]
-    if None in ratings:
+    ratings = [on_ten(r, low, high) for r in ratings if r != "N/A"]
+    if None in ratings or not ratings:
         return None
     return sum(ratings) / len(ratings)
 
@@ -403,10 +523,10 @@ def pair_from_responses(row):
 
 
 def pair_from_ranks(row):
-    """Nectar: rank 1 of seven against one drawn among the lower ranks. A rank is no rating."""
-    rated = [(on_ten(a.get("rank"), 1, 7), a["answer"]) for a in row["answers"]]
-    rated = [(None if r is None else -r, answer) for r, answer in rated]
-    return best_against_drawn(row, rated)._replace(score_chosen=None, score_rejected=None)
+    """Nectar: rank 1 of seven against one drawn among the bottom three. A rank is no rating."""
+    rated = [(-float(a["rank"]), a["answer"]) for a in row["answers"] if on_ten(a["rank"], 1, 7)]
+    rated.sort(key=operator.itemgetter(0))
+    return unrated(best_against_drawn(row, rated[-1:] + rated[:3]))
 
 
 def pair_from_safety(row):
@@ -424,15 +544,27 @@ def pair_from_summaries(row):
         raise ValueError("no post, choice or second summary")
     text = (f"SUBREDDIT: r/{info.get('subreddit')}\nTITLE: {info.get('title')}\n"
             f"POST: {info['post']}\nTL;DR:")
-    return Pair([user(text)], *(row["summaries"][int(i)]["text"] for i in (choice, 1 - choice)))
+    chosen, rejected = (row["summaries"][int(i)]["text"] for i in (choice, 1 - choice))
+    return pair_from_preference(dict(prompt=text, chosen=chosen, rejected=rejected))
+
+
+def pair_from_strength(row):
+    """HelpSteer2 and 3: a strength of -3..3, below 0 for the first response."""
+    strength = float(row.get("preference_strength", row.get("overall_preference")))
+    if not strength:
+        raise ValueError("neither response is preferred")
+    responses = [v for k, v in sorted(row.items()) if re.fullmatch("response_?[12]", k)]
+    if strength > 0:
+        responses.reverse()
+    return Pair(prompt_of(row), *responses)
 
 
 def pair_from_solutions(row):
     """GSM8K's model solutions: a right one against a wrong one, drawn by a hash of the question."""
-    found = [value for _, value in sorted(row.items())
-             if isinstance(value, dict) and "is_correct" in value]
-    right = [value["solution"] for value in found if value["is_correct"]]
-    wrong = [value["solution"] for value in found if not value["is_correct"]]
+    solutions = [value for _, value in sorted(row.items())
+                 if isinstance(value, dict) and "is_correct" in value]
+    right = [value["solution"] for value in solutions if value["is_correct"]]
+    wrong = [value["solution"] for value in solutions if not value["is_correct"]]
     if not right or not wrong:
         raise ValueError("no right and wrong solution")
     byte = hashlib.sha256(row["question"].encode()).digest()
@@ -449,7 +581,9 @@ PAIR_FORMATS = [
     ({"chosen", "rejected"}, pair_from_preference), ({"completions"}, pair_from_completions),
     ({"answers"}, pair_from_ranks), ({"responses"}, pair_from_responses),
     ({"response_0", "response_1"}, pair_from_safety), ({"summaries"}, pair_from_summaries),
-    ({"question", "ground_truth"}, pair_from_solutions)]
+    ({"question", "ground_truth"}, pair_from_solutions),
+    ({"preference_strength", "response_1"}, pair_from_strength),
+    ({"overall_preference", "response1"}, pair_from_strength)]
 FORMATS = [
     ({"messages"}, functools.partial(from_turns, "messages")),
     ({"conversations"}, functools.partial(from_turns, "conversations")),
@@ -461,6 +595,7 @@ FORMATS = [
 
 def convert_row(row, formats):
     """By the first format whose columns the row has. ValueError(short reason) if it is refused."""
+    check_read(row)
     for columns, converter in formats:
         if columns <= set(row):
             try:
@@ -470,16 +605,18 @@ def convert_row(row, formats):
     raise ValueError(f"unknown columns {', '.join(sorted(map(str, row)))}")
 
 
-def checked(c):
-    """The conversation, or ValueError(short reason) if its turns cannot be trained on."""
+def checked(c, row):
+    """A row's conversation, or ValueError(short reason) if its turns cannot be trained on or a text
+    of context, history or system is not among them."""
     if not c.messages:
         raise ValueError("empty conversation")
     if not all(isinstance(m["content"], str) for m in c.messages):
         raise ValueError("content is not text")
     if any(not m["content"].strip() for m in c.messages if m["role"] != "system"):
         raise ValueError("empty turn")
+    text = " ".join([m["content"] for m in c.messages])
     try:
-        "".join([*(m["content"] for m in c.messages), c.answer or ""]).encode()
+        f"{text}{c.answer}".encode()
     except UnicodeEncodeError:                              # a lone surrogate
         raise ValueError("text is not valid Unicode") from None
     roles = "".join(m["role"][0] for m in c.messages)       # s, u, a
@@ -487,19 +624,38 @@ def checked(c):
         raise ValueError("role order broken")
     if "a" not in roles or (c.last_only and roles[-1] != "a"):
         raise ValueError("no assistant turn")
+    words = " ".join(text.split())
+    for name in ("context", "history", "input", "instruction", "query", "question", *SYSTEM):
+        value = row.get(name)
+        if isinstance(value, str) and not is_transcript(value) and (
+                " ".join(value.split()) not in words):
+            raise ValueError(f"{name}: the format has no place for it")
     return c
+
+
+# Columns that some rule reads
+READ = {*QUESTIONS, *ANSWERS, *SYSTEM, "history", "response_2", "response2"}.union(
+    *(columns for columns, _ in FORMATS + PAIR_FORMATS))
+
+
+def unread_text(row) -> str | None:
+    """'no rule reads NAME', for each of the row's columns of text that no rule reads."""
+    names = [k for k in sorted({*row} - READ) if isinstance(row[k], str) and row[k].strip()]
+    return ", ".join(f"no rule reads the text column {name}" for name in names) or None
 
 
 def to_conversation(row: dict) -> Conversation:
     """A raw row of any known format. ValueError(short reason) if it is refused."""
-    return checked(convert_row(row, FORMATS))
+    c = convert_row(row, FORMATS)
+    return checked(c._replace(untrained=unmarked(c.messages) or row.get("untrained", ())), row)
 
 
 def to_pair(row: dict) -> Pair:
     """A raw row of any known preference format. ValueError(short reason) if it is refused."""
     pair = convert_row(row, PAIR_FORMATS)
-    for which in ("chosen", "rejected"):
-        checked(with_answer(pair, which))
+    unmarked(pair.prompt)
+    for which in SIDES:
+        checked(with_answer(pair, which), row)
     if pair.chosen.strip() == pair.rejected.strip():
         raise ValueError("chosen equals rejected")
     return pair
@@ -522,6 +678,7 @@ class Template(NamedTuple):
     new_tokens: list[str]          # tokens that the vocabulary lacked
     specials: list[str]            # every special token's text: user text must not contain one
     bos: bool                      # whether a document starts with a BOS
+    system: bool                   # whether a system turn is shown
 
 
 def render(tokenizer, messages, sample=False):
@@ -544,27 +701,54 @@ def prompt_ids(tokenizer, messages) -> list[int]:
     return token_ids(tokenizer, render(tokenizer, messages, sample=True))
 
 
+def write_bos(tokenizer) -> bool:
+    """Whether a document starts with a BOS. The template writes it, also where the tokenizer would
+    add it: in training, in sampling and for a reward model alike."""
+    bos = tokenizer.bos_token
+    if bos is None:
+        return False
+    adds = tokenizer("x").input_ids[0] == tokenizer.bos_token_id
+    text = render(tokenizer, ask("q", "a"))
+    if adds and not text.startswith(bos):
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    return adds or text.startswith(bos) and text.count(bos) == 1
+
+
+# Vocabulary entries that models keep for later use: Gemma, LLaMA-3, Phi-3, ..
+RESERVED = re.compile(r"\W*(unused|reserved(_special)?(_token)?|placeholder)_?\d+\W*")
+
+
+def add_chatml_tokens(tokenizer) -> list[str]:
+    """ChatML's tokens that the vocabulary lacks. They take its first reserved entries, so that it
+    keeps its size, or else are appended."""
+    chatml, vocab = ["<|im_start|>", "<|im_end|>"], tokenizer.get_vocab()
+    new = [token for token in chatml if token not in vocab]
+    reserved = sorted(filter(RESERVED.fullmatch, vocab), key=vocab.get)
+    if new and reserved:
+        state = tokenizer.backend_tokenizer.to_str()
+        for token, entry in zip(new, reserved):
+            state = state.replace(json.dumps(entry), json.dumps(token))
+        tokenizer.backend_tokenizer.__setstate__(state.encode())
+    tokenizer.add_special_tokens({"additional_special_tokens": chatml},
+                                 replace_extra_special_tokens=False)
+    return new
+
+
 def set_template(tokenizer, chat_template: str = "chatml") -> Template:
     """Give the tokenizer its template: 'chatml' (above), 'tokenizer' (its own) or a jinja file,
     with a BOS if the tokenizer uses one, and the special tokens that it lacks. A probe
     conversation must encode, each answer ended by one special token."""
     flag, new = f"--chat-template {chat_template}", []
     if chat_template == "chatml":
-        chatml_tokens = ["<|im_start|>", "<|im_end|>"]
-        tokenizer.chat_template = CHATML
-        new = [t for t in chatml_tokens if t not in tokenizer.get_vocab()]
-        tokenizer.add_special_tokens({"additional_special_tokens": chatml_tokens},
-                                     replace_extra_special_tokens=False)
+        tokenizer.chat_template, new = CHATML, add_chatml_tokens(tokenizer)
     elif chat_template != "tokenizer":
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     elif not tokenizer.chat_template:
         raise ValueError(f"{flag}: this tokenizer has no chat template; use chatml")
     probe = ask("one", "\ue100first\ue101") + ask("two", "\ue100second\ue101")
+    prompts = ()
     try:
-        text, bos = render(tokenizer, probe), tokenizer.bos_token
-        has_bos = bos is not None and tokenizer("x").input_ids[0] == tokenizer.bos_token_id
-        if has_bos and bos not in text:
-            tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+        bos, text = write_bos(tokenizer), render(tokenizer, probe)
         added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
         specials = sorted(filter(None, added | set(tokenizer.all_special_tokens)))
         rest = text.partition(probe[1]["content"])[2].lstrip()
@@ -572,11 +756,23 @@ def set_template(tokenizer, chat_template: str = "chatml") -> Template:
         if end is None:
             raise ValueError("no special token ends an assistant turn; models would never stop")
         end_id = tokenizer.convert_tokens_to_ids(end)
-        template = Template(end, end_id, new, specials, has_bos)
+        template = Template(end, end_id, new, specials, bos, shows_system(tokenizer, probe))
+        prompts = [render(tokenizer, probe[:i], sample=True) for i in (1, 3)]
         encode(Conversation(probe), tokenizer, template)
     except ValueError as error:
+        if prompts:
+            other = min(prompts, key=text.startswith)       # the first that is no prefix
+            error = f"{error}\n  training: {text!r}\n  sampling: {other!r}"
         raise ValueError(f"{flag}: {error}") from None
     return template
+
+
+def shows_system(tokenizer, messages):
+    marked = [{"role": "system", "content": "\ue102"}] + messages
+    try:
+        return "\ue102" in render(tokenizer, marked)
+    except ValueError:
+        return False
 
 
 class Encoded(NamedTuple):
@@ -594,28 +790,31 @@ def encode(conversation: Conversation, tokenizer, template: Template, *,
     'all': every token but the first. Tokens beyond max_length are cut from the end; an EOS is never
     forged. ValueError(short reason) if the row is refused."""
     messages = conversation.messages
-    contents = "\0".join(m["content"] for m in messages)
-    if any(special in contents for special in template.specials):
+    contents = [m["content"].strip() for m in messages]
+    if any(special in "\0".join(contents) for special in template.specials):
         raise ValueError("special token in the text")
-    text = render(tokenizer, messages)
-    if not all(m["content"].strip() in text for m in messages):
-        raise ValueError("the chat template drops or rewrites a turn")
+    text, at = render(tokenizer, messages), 0
+    for m, content in zip(messages, contents):
+        at = text.find(content, at) + len(content)
+        if at < len(content) or (content and m["role"] == "system" and not template.system):
+            raise ValueError("the chat template drops or rewrites a turn")
     ids = token_ids(tokenizer, text)
     targets = [loss_on == "all"] * len(ids)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    for i in answers[-1:] if conversation.last_only else answers:
+    for n, i in enumerate(answers):
+        if conversation.last_only and i != answers[-1]:
+            continue
         prompt = render(tokenizer, messages[:i], sample=True)
-        content = messages[i]["content"].strip()
         after = text[len(prompt):].lstrip()
-        ended = after[len(content):].lstrip().startswith(template.end_of_turn)
-        if not (text.startswith(prompt) and after.startswith(content) and ended):
+        ended = after[len(contents[i]):].lstrip().startswith(template.end_of_turn)
+        if not (text.startswith(prompt) and after.startswith(contents[i]) and ended):
             raise ValueError("the chat template writes another text before an answer in training "
                              "than in sampling")
         before = token_ids(tokenizer, prompt)
         if ids[:len(before)] != before:
             raise ValueError("the answer's first token merges with the prompt")
         end = ids.index(template.end_of_turn_id, len(before)) + 1
-        targets[len(before):end] = [True] * (end - len(before))
+        targets[len(before):end] = [n not in conversation.untrained] * (end - len(before))
     if conversation.unfinished:
         ids, targets = ids[:end - 1], targets[:end - 1]
     targets[0] = False
@@ -646,11 +845,10 @@ def encode_pair(pair: Pair, tokenizer, template: Template, *, max_length: int | 
     A pair whose longer side exceeds max_length loses prompt tokens after BOS from the left, as few
     as needed, until max_prompt_length of them are left; then the end of its answers.
     ValueError(short reason) if an answer has no target left or both became equal."""
-    answers = [with_answer(pair, which) for which in ("chosen", "rejected")]
+    answers = [with_answer(pair, which) for which in SIDES]
     ids, masks, _ = zip(*(encode(answer, tokenizer, template) for answer in answers))
-    share = min(mask.index(True) for mask in masks)
-    differ = (i for i, (a, b) in enumerate(zip(ids[0][:share], ids[1])) if a != b)
-    share, cut = next(differ, share), 0
+    share, cut = min(mask.index(True) for mask in masks), 0
+    share = len(os.path.commonprefix([y[:share] for y in ids]))     # of lists, too
     if max_length:
         over = max(map(len, ids)) - max_length
         c = max(0, min(over, share - max_prompt_length))    # cut from the prompt
@@ -698,7 +896,24 @@ def with_system(messages, key, probability, seed) -> list[dict]:
 
 
 def cache_folder(cache_dir) -> Path:
-    return Path(cache_dir or Path.home() / ".cache" / "lions")
+    """The one folder that preparation writes to."""
+    try:
+        folder = Path(cache_dir or Path.home() / ".cache" / "lions")
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError) as error:                # RuntimeError: there is no home
+        raise ValueError(f"--cache-dir {cache_dir or '~/.cache/lions'}: {error}; name a folder "
+                         "that can be written to") from None
+    return folder
+
+
+def check_processes(n):
+    """ValueError if the machine cannot start several processes (no usable /dev/shm)."""
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        raise ValueError(f"--num-proc {n}: processes need shared memory in /dev/shm ({error}); use "
+                         "--num-proc 1") from None
 
 
 def cached_map(dataset, function, path, columns, num_proc, **settings):
@@ -708,10 +923,11 @@ def cached_map(dataset, function, path, columns, num_proc, **settings):
     list of one for a list}. A cache that cannot be read or lacks rows is made again."""
     import filelock
     import pyarrow
-    kinds = {k: v if isinstance(v, str) else v[0] for k, v in columns.items()}
-    features = {k: datasets.Value(kind) for k, kind in kinds.items()}
-    features |= {k: datasets.List(features[k]) for k, v in columns.items() if isinstance(v, list)}
+    features = {k: [datasets.Value(*v)] if isinstance(v, list) else datasets.Value(v)
+                for k, v in columns.items()}
     workers = min(num_proc or os.cpu_count(), math.ceil(len(dataset) / 1000))
+    if workers > 1:
+        check_processes(workers)
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{path}.lock"):
         for is_retry in (False, True):
@@ -743,26 +959,30 @@ def frame(dataset, *columns: str):
 
 
 SCORES = ("score_chosen", "score_rejected")
+PLACEHOLDERS = (10, 1)             # SCORES of every row of the authors' Nectar and HH-RLHF
 CONVERTED = dict(line="string", key="string", refused="string", source="string", row="int64",
-                 score_chosen="float64", score_rejected="float64")
+                 score_chosen="float64", score_rejected="float64", unread="string")
 BLANK = ""                         # `refused` of a blank line, which no count shows
 DUPLICATE = "equal to an earlier row"
 
 
-def convert_rows(batch, positions, name, pairs):
+def convert_rows(batch, positions, name, pairs, rated):
     """Raw rows -> columns CONVERTED: a line of JSON (a conversation or a pair), a hash of its
-    canonical text, its scores; or the reason in `refused`. Rows that a command here wrote keep
-    their `lions_origin`, [source, row]."""
+    canonical text, its scores if `rated`; or the reason in `refused`. Rows that a command here
+    wrote keep their `lions_origin`, [source, row]."""
     records = []
     for n, row in raw_rows(batch, positions, name):
         source, at = (row or {}).get("lions_origin") or (name, n)
         record = dict(refused=BLANK, source=source, row=at)
         try:
             if row is not None:
+                record["unread"] = unread_text(row)
                 x = to_pair(row) if pairs else to_conversation(row)
+                if pairs and not rated:
+                    x = unrated(x)
                 fields = x._asdict() | {"lions_origin": [source, at]}
                 messages = fields["prompt" if pairs else "messages"]
-                for which in ("chosen", "rejected") if pairs else ():
+                for which in SIDES if pairs else ():
                     messages = messages + [{"role": which, "content": fields[which]}]
                     fields[which] = [assistant(fields[which])]
                 record |= {score: fields.get(score) for score in SCORES} | dict(
@@ -789,22 +1009,32 @@ def gather_helpsteer(raw, name):
 
 
 def convert(sources, pairs, seed, folder, num_proc):
-    """The sampled share of every source, converted: a Dataset with the columns CONVERTED. Raises
-    ValueError for a source of which no row can be used."""
-    parts = []
+    """The sources, converted: a Dataset with the columns CONVERTED. A fraction f takes int(f n) of
+    a source's n rows that are usable and equal none taken before. Raises ValueError for a source of
+    which no row can be used."""
+    parts, taken = [], pandas.Series(dtype=str)
     for source in sources:
         raw = load_source(source, folder)
         if pairs and len(raw):
             raw = gather_helpsteer(raw, source.name)
-        path = folder / "converted" / f"{hash_of(content_hash(source), pairs)}.arrow"
-        part = cached_map(raw, convert_rows, path, CONVERTED, num_proc, name=source.name,
-                          pairs=pairs)
-        part = part.select(np.flatnonzero(frame(part, "refused").refused != BLANK))
-        if source.fraction < 1:
-            n = max(1, round(source.fraction * len(part)))
-            part = part.select(np.sort(permutation(len(part), seed)[:n]))
-        check_refused(frame(part, "source", "row", "refused"))
-        parts.append(part)
+        content = content_hash(source, folder)
+        for rated in (True, False):
+            path = folder / "converted" / f"{hash_of(content, pairs, rated)}.arrow"
+            part = cached_map(raw, convert_rows, path, CONVERTED, num_proc, name=source.name,
+                              pairs=pairs, rated=rated)
+            rows = frame(part, "source", "row", "refused", "key", *SCORES)
+            scores = rows[[*SCORES]].dropna()
+            if scores.empty or (scores != PLACEHOLDERS).any(axis=None):
+                break
+        if not rated:
+            print(f"--data {source.name}: every row has the scores {PLACEHOLDERS}; such "
+                  "placeholders are no ratings", file=sys.stderr)
+        rows = rows[rows.refused != BLANK]
+        check_refused(rows)
+        new = rows.key[rows.refused.isna() & ~rows.key.isin(taken)].drop_duplicates()
+        n, order = max(1, int(source.fraction * len(new))), permutation(len(new), seed)
+        taken = pandas.concat([taken, new.iloc[order[:n]]])
+        parts.append(part.select(rows.index[~rows.key.isin(new.iloc[order[n:]])]))
     return datasets.concatenate_datasets(parts)
 
 
@@ -862,22 +1092,23 @@ def encode_rows(batch, positions, pairs, empty_system, seed, min_gap, tokenizer,
         fields[before] = with_system(fields[before], key, empty_system, seed)
         try:
             if pairs:
-                fields |= {which: fields[which][0]["content"] for which in ("chosen", "rejected")}
+                fields |= {which: fields[which][0]["content"] for which in SIDES}
                 x = Pair(**fields)
                 difference = gap(x.score_chosen, x.score_rejected)
                 if min_gap is not None and not difference >= min_gap:
                     raise ValueError("no score, or a score gap below --min-gap")
-                e = encode_pair(x, tokenizer, template, **limits)
-                record |= {score: fields[score] for score in SCORES} | dict(
-                    length=len(e.prompt) + len(e.chosen) + len(e.rejected), turns=len(x.prompt) + 1,
-                    n_targets=sum(e.chosen_targets) + sum(e.rejected_targets),
-                    messages_json=json.dumps([x.prompt, x.chosen, x.rejected, x.unfinished]))
+                e, turns = encode_pair(x, tokenizer, template, **limits), [*x.prompt, x.chosen]
+                messages = [x.prompt, x.chosen, x.rejected, x.unfinished]
             else:
                 x = Conversation(**fields)
-                e = encode(x, tokenizer, template, **limits)
-                record |= dict(length=len(e.input_ids), turns=len(x.messages),
-                               n_targets=sum(e.targets), messages_json=json.dumps(x.messages))
-            record |= e._asdict() | {"answer": x.answer}
+                e, turns = encode(x, tokenizer, template, **limits), x.messages
+                messages = x.messages
+            e = e._asdict()
+            masks = [v for k, v in e.items() if "targets" in k]
+            ids = [v for k, v in e.items() if "targets" not in k and k != "cut"]
+            record |= fields | e | dict(
+                length=sum(map(len, ids)), n_targets=sum(map(sum, masks)), turns=len(turns),
+                messages_json=json.dumps(messages))
         except ValueError as error:
             record["refused"] = str(error)
         records.append(record)
@@ -898,18 +1129,17 @@ def prepare(sources: list[str], tokenizer, template: Template, *, max_length: in
     "stop" if any is refused."""
     parsed, folder = parse_sources(sources), cache_folder(cache_dir)
     store = convert(parsed, pairs, seed, folder, num_proc)
-    rows = frame(store, "source", "row", "refused", "key", *SCORES)
+    rows = frame(store, "source", "row", "refused", "unread", "key", *SCORES)
     check_refused(rows, bad_rows)
+    rows.loc[rows.refused.isna() & rows.key.duplicated(), "refused"] = DUPLICATE
     kept = np.flatnonzero(rows.refused.isna())
-    unique = first_of_equal(rows.key[kept]) == np.arange(len(kept))
-    rows.loc[kept[~unique], "refused"] = DUPLICATE
-    kept = kept[unique]
 
     limits = dict(max_prompt_length=max_prompt_length) if pairs else dict(loss_on=loss_on)
     settings = limits | dict(max_length=max_length, empty_system=empty_system, seed=seed,
                              pairs=pairs, min_gap=min_gap)
-    key = hash_of([[*s, content_hash(s)] for s in parsed], tokenizer.backend_tokenizer.to_str(),
-                  tokenizer.chat_template, template, settings, max_examples)
+    content = [[*source, content_hash(source, folder)] for source in parsed]
+    key = hash_of(content, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, template,
+                  settings, max_examples)
     order, parts, counts, start = kept[permutation(len(kept), seed)], [], [], 0
     while start < len(order) and (left := (max_examples or len(order)) - sum(map(len, parts))) > 0:
         ids = order[start:start + left]
@@ -943,8 +1173,15 @@ def source_stats(rows):
     stats = both.groupby("source", sort=False).agg(**counts).convert_dtypes()
     sources, reasons = json.loads(stats.to_json(orient="index")), by_reason(rows)
     total = sources.pop("total")
-    sources = {name: of | {"reasons": reasons.get(name, {})} for name, of in sources.items()}
+    unread = by_reason(unread_columns(rows))
+    sources = {name: of | {"reasons": reasons.get(name, {}), "unread": unread.get(name, {})}
+               for name, of in sources.items()}
     return {"sources": sources, "total": total}
+
+
+def unread_columns(rows):
+    """A line per row and text column that no rule reads."""
+    return rows.assign(refused=rows.unread.str.split(", ")).explode("refused")
 
 
 def stats_table(stats):
@@ -953,9 +1190,10 @@ def stats_table(stats):
     rows = []
     for name, of in [*stats["sources"].items(), ("total", stats["total"])]:
         share = {f"% {k}": 100 * of[k] / max(1, stats["total"][k]) for k in ("examples", "tokens")}
-        rows.append({"source": name} | share | {k: v for k, v in of.items() if k != "reasons"})
-    reasons = {name: of["reasons"] for name, of in stats["sources"].items()}
-    return f"{table(rows)}\n{reason_lines(reasons)}"
+        rows.append({"source": name} | share | {k: of[k] for k in stats["total"]})
+    lines = [reason_lines({name: of[k] for name, of in stats["sources"].items()})
+             for k in ("reasons", "unread")]
+    return "\n".join([table(rows), *lines])
 
 
 def table(rows):
@@ -1037,8 +1275,6 @@ DEMO_SLIPS = 0.5                   # share of training turns with the demo's hab
 
 
 def demo_rows(name, split) -> list[dict]:
-    if split not in DEMO_ROWS[name]:
-        raise ValueError(f"--data {name}:{split}: the splits are {', '.join(DEMO_ROWS[name])}")
     make = {"demo": demo_conversations, "demo-pairs": demo_pairs}[name]
     return make(DEMO_ROWS[name][split], 0, split)
 
@@ -1097,14 +1333,12 @@ def demo_conversations(n, seed=0, split="train") -> list[dict]:
     while len(rows) < n:
         exchanges = [demo_turn(rng) for _ in range(rng.choice([1, 1, 1, 1, 1, 1, 2, 3]))]
         held_out = [hashlib.sha256(q.encode()).digest()[0] < 16 for q, _ in exchanges]
-        slips = [split == "train" and rng.random() < DEMO_SLIPS for _ in exchanges]
-        wanted = held_out[-1] if split == "test" else not any(held_out)
-        if wanted:
-            messages = []
-            for (q, a), slip in zip(exchanges, slips):
-                if slip:
-                    a = demo_slip(q, a)
-                messages += ask(q, a)
+        messages = []
+        for q, a in exchanges:
+            if split == "train" and rng.random() < DEMO_SLIPS:
+                a = demo_slip(q, a)
+            messages += ask(q, a)
+        if held_out[-1] if split == "test" else not any(held_out):
             rows.append({"messages": messages, "answer": exchanges[-1][1]})
     return rows
 
@@ -1147,13 +1381,13 @@ def show(args):
     """Rows with their trained tokens marked."""
     prepared, tokenizer = prepare_for(args)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    sides = SIDES if args.pairs else [None]
     for r in prepared.dataset.select(range(min(args.rows, len(prepared.dataset)))):
         print(f"--- {r['source']}:{r['row']}, {r['length']} tokens, {r['n_targets']} trained")
-        if args.pairs:
-            for which in ("chosen", "rejected"):
-                targets = [False] * len(r["prompt"]) + r[f"{which}_targets"]
-                print(marked(r["prompt"] + r[which], targets, tokenizer, colour))
-        else:
+        for which in sides:
+            if which:
+                r["input_ids"] = r["prompt"] + r[which]
+                r["targets"] = [False] * len(r["prompt"]) + r[f"{which}_targets"]
             print(marked(r["input_ids"], r["targets"], tokenizer, colour))
     return prepared.stats["total"]
 
@@ -1184,16 +1418,12 @@ def figure(path, panels, columns=3):
     """One PNG of panels {"series": {label: values}, ..what matplotlib's `ax.set` takes}. A number
     is a bar, an array a histogram of shares, a tuple (x, y, format[, y error]) points or a
     line."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     n_rows, columns = math.ceil(len(panels) / columns), min(columns, len(panels))
-    picture, axes = pyplot.subplots(n_rows, columns, figsize=(5 * columns, 3.8 * n_rows),
-                                    squeeze=False, constrained_layout=True)
-    for ax in axes.flat[len(panels):]:
-        ax.set_visible(False)
-    for ax, panel in zip(axes.flat, panels):
-        for label, values in panel["series"].items():
+    picture = Figure(figsize=(5 * columns, 3.8 * n_rows), layout="constrained")
+    for i, panel in enumerate(panels, 1):
+        ax, settings = picture.add_subplot(n_rows, columns, i), dict(panel)
+        for label, values in settings.pop("series").items():
             if isinstance(values, tuple):
                 x, y, style, *error = values
                 ax.errorbar(x, y, *error, fmt=style, ms=4, capsize=2, elinewidth=0.6, label=label)
@@ -1204,12 +1434,11 @@ def figure(path, panels, columns=3):
                 ax.hist(x, 30, weights=np.full(len(x), 1 / max(1, len(x))), alpha=0.5,
                         label=f"{label} (n = {len(x):,})")
                 ax.set_ylabel("share of rows")
-        ax.set(**{k: v for k, v in panel.items() if k != "series"})
+        ax.set(**settings)
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, dpi=110)
-    pyplot.close(picture)
 
 
 def write_lines(path, lines):
@@ -1229,7 +1458,7 @@ def read_json(path) -> dict:
     """A JSON file, {} if there is none."""
     if not path.exists():
         return {}
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager
@@ -1237,7 +1466,7 @@ def growing(folder, name):
     """append(row): a JSON line in a new file NAME-*.jsonl of this process, on disk at once."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = threading.Lock()
-    with open(folder / f"{name}-{uuid.uuid4().hex}.jsonl", "w") as file:
+    with open(folder / f"{name}-{uuid.uuid4().hex}.jsonl", "w", encoding="utf-8") as file:
         def append(row):
             with lock:
                 file.write(json.dumps(row) + "\n")
@@ -1266,7 +1495,7 @@ def read_rows(args) -> pandas.DataFrame:
     rows = convert(parse_sources(args.data), args.pairs, args.seed, folder, args.num_proc)
     rows = frame(rows, *CONVERTED)
     rows["where"] = rows.source + ":" + rows.row.astype(str)
-    print(reason_lines(by_reason(rows)))
+    print(reason_lines(by_reason(rows)), reason_lines(by_reason(unread_columns(rows))), sep="\n")
     return rows[rows.refused.isna()].reset_index(drop=True)
 
 
@@ -1349,7 +1578,7 @@ def dedup(args):
     counts = counts.reindex(columns=["kept", "exact", "near"], fill_value=0)
     print(counts.to_markdown(intfmt=","))
     print("most copies:", dropped.kept.value_counts()[:5].to_dict())
-    sources = json.loads(counts.to_json(orient="index"))
+    sources = counts.to_dict("index")
     return write_rows(args, rows[kind == "kept"], [], **sources.pop("total"), sources=sources)
 
 
@@ -1476,14 +1705,15 @@ class Scorer:
             auto = transformers.AutoModelForSequenceClassification
         self.kind, self.key = kind, hash_of(weights_hash(name), kind, file_hash(__file__))
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **trust)
+        if kind == "reward":
+            write_bos(self.tokenizer)
         self.model, info = auto.from_pretrained(name, use_safetensors=True,
                                                 output_loading_info=True, **trust)
         self.digits = self.tokenizer.convert_tokens_to_ids(list("123456"))
         known = {*self.digits} - {None, self.tokenizer.unk_token_id}
-        if info["missing_keys"] or kind == "reward" and self.model.config.num_labels != 1 or (
-                kind == "rating" and len(known) < 6):
-            lacking = sorted(info["missing_keys"])[:3]
-            outputs = self.model.config.num_labels
+        lacking, outputs = sorted(info["missing_keys"])[:3], self.model.config.num_labels
+        fits = {"reward": outputs == 1, "rating": len(known) == 6, "embedding": True}
+        if lacking or not fits[kind]:
             raise ValueError(f"{name}: no {kind} model. It lacks {lacking}, has {outputs} outputs "
                              f'and {len(known)} of the tokens "1".."6"')
         config = self.model.config.get_text_config()
@@ -1587,7 +1817,7 @@ def select(args):
     rated = {"alpagasus": "score_chosen", "argilla": "gap", "a2": "gap"}.get(method)
     if rated:                                               # of equal rows the first rated stays
         rows = rows.sort_values(rated, key=lambda x: x.isna(), kind="stable")
-    rows = rows[first_of_equal(rows.key) == np.arange(n)].sort_index().reset_index(drop=True)
+    rows = rows.drop_duplicates("key").sort_index().reset_index(drop=True)
     rows["selection_score"] = rows[rated] if rated else np.nan
     if method == "longest":
         tokenizer = load_tokenizer(args.model)
@@ -1610,8 +1840,9 @@ def select(args):
               for name in ("gap", "score_chosen", "selection_score") if rows[name].notna().any()]
     if panels:
         figure(Path(args.output) / "select.png", panels)
+    unrated = f", {score.isna().sum():,} rows without a score" * (method != "random")
     print(f"{len(selected):,} of {len(rows):,} rows selected (--budget {args.budget:,}); "
-          f"{n - len(rows):,} duplicates, {score.isna().sum():,} rows without a score")
+          f"{n - len(rows):,} duplicates{unrated}")
     return write_rows(args, selected, ["selection_score"], method=method, duplicates=n - len(rows),
                       candidates=len(rows))
 
@@ -1640,31 +1871,30 @@ def annotate(args):
     stay: rows.jsonl; a picture of the fit."""
     rows = read_rows(args)
     pairs, tokenizer = [json.loads(line) for line in rows.line], load_tokenizer(args.rm)
-    texts = [render(tokenizer, p["prompt"] + p["chosen"]) for p in pairs]
-    texts += [render(tokenizer, p["prompt"] + p["rejected"]) for p in pairs]
+    write_bos(tokenizer)
+    texts = [render(tokenizer, p["prompt"] + p[which]) for which in SIDES for p in pairs]
     rewards = scores_of(args.rm, "reward", texts, args).reshape(2, -1)           # (2, n)
     ratings = rows[list(SCORES)].to_numpy().T                                    # (2, n)
     low, high, c = fit_ratings(rewards.ravel(), ratings.ravel(), args.degree)
     z = (rewards - low) / (high - low)
     predicted = np.clip(np.polynomial.polynomial.polyval(z, c), 1, 10)
-    unrated, scored = np.isnan(ratings), ~np.isnan(rewards)
-    known = scored & ~unrated
-    for s, which in enumerate(("chosen", "rejected")):
-        rows[f"score_{which}"] = np.where(unrated, predicted, ratings)[s]
-        rows[f"reward_{which}"], rows[f"annotated_{which}"] = rewards[s], (scored & unrated)[s]
+    known = ~np.isnan(ratings)
+    rows[[*SCORES]] = np.where(known, ratings, predicted).T
+    rows[[f"reward_{which}" for which in SIDES]] = rewards.T
+    rows[[f"annotated_{which}" for which in SIDES]] = (~known & ~np.isnan(predicted)).T
     figure(Path(args.output) / "annotate.png", [{
         "xlabel": "known rating", "ylabel": "predicted rating", "series": {
             "answers": (ratings[known], predicted[known], "."), "equal": ([1, 10], [1, 10], "-")}}])
-    error, both = predicted[known] - ratings[known], scored.all(0)
-    report = {"agreement": float((rewards[0] > rewards[1])[both].mean()),
-              "rated_answers": int(known.sum()), "annotated_answers": int((scored & unrated).sum()),
-              "too_long": int((~scored).sum()), "low": low, "high": high,
-              "coefficients": c.tolist(), "mse": float((error ** 2).mean()),
-              "mae": float(np.abs(error).mean())}
+    both, error = rewards[:, ~np.isnan(rewards).any(0)], predicted - ratings
+    report = {"agreement": float((both[0] > both[1]).mean()),
+              "rated_answers": int((~np.isnan(error)).sum()),
+              "annotated_answers": int((~known & ~np.isnan(predicted)).sum()),
+              "too_long": int(np.isnan(rewards).sum()), "low": low, "high": high,
+              "coefficients": c.tolist(), "mse": float(np.nanmean(error ** 2)),
+              "mae": float(np.nanmean(np.abs(error)))}
     print("rating = sum over k of coefficients z^k, z = (reward - low) / (high - low), in 1..10;\n"
           f"agreement of pairs, errors on the rated answers:\n{table([report])}")
-    marks = ["score_chosen", "score_rejected", "reward_chosen", "reward_rejected",
-             "annotated_chosen", "annotated_rejected"]
+    marks = [*SCORES, "reward_chosen", "reward_rejected", "annotated_chosen", "annotated_rejected"]
     return write_rows(args, rows, marks, pairs=len(rows), **report)
 
 

@@ -5,11 +5,13 @@ import re
 import time
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies
 
 import data
-from data import Conversation, ask
+from data import Conversation, ask, assistant, user
 
 QA = ask("q", "ab")
 SYSTEM = [{"role": "system", "content": "be brief"}]
@@ -21,13 +23,13 @@ def chatml():
     return tokenizer, data.set_template(tokenizer, "chatml")
 
 
-def bpe_tokenizer(bos=False):
+def bpe_tokenizer(bos=False, entries=()):
     """Byte-level BPE in which newlines merge: '\\n' + '\\n' is one token, so that a header can
     swallow an answer's first character."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet, "ĊĊ", "ab"])}
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *entries, *alphabet, "ĊĊ", "ab"])}
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "Ċ"), ("a", "b")]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.decoder = decoders.ByteLevel()
@@ -48,7 +50,7 @@ def trained(encoded, tokenizer):
 # Formats that no public source in test_sources.py shows
 ROWS = [
     ({"messages": QA, "system": "be brief"}, SYSTEM + QA),
-    ({"messages": SYSTEM + QA, "system": "other"}, SYSTEM + QA),
+    ({"messages": SYSTEM + QA, "system": "be  brief"}, SYSTEM + QA),
     ({"instruction": "q", "input": "i", "output": "ab"}, ask("q\n\ni", "ab")),
     ({"instruction": "q", "input": "", "output": "ab"}, QA),
     ({"question": "q", "context": "c", "answer": "ab"}, ask("q\n\nc", "ab")),
@@ -58,7 +60,16 @@ ROWS = [
     ({"prompt": "Human: q\n\nAssistant: x\n\nHuman: r\n\nAssistant:", "completion": "ab"},
      ask("q", "x") + ask("r", "ab")),
     ({"prompt": QA[:1], "chosen": QA[1:], "rejected": QA[1:]}, QA),
-    ({"prompt": "q", "chosen": QA[1:], "rejected": [], "system": "be brief"}, SYSTEM + QA)]
+    ({"prompt": "q", "chosen": QA[1:], "rejected": [], "system": "be brief"}, SYSTEM + QA),
+    ({"system": "be brief", "conversations": [
+        {"from": "user", "value": "q"}, {"from": "assistant", "value": "ab"}]}, SYSTEM + QA),
+    ({"system_message": "be brief", "instruction": "q", "output": "ab"}, SYSTEM + QA),
+    ({"system": "be brief", "prompt": "Human: q", "completion": "ab"}, SYSTEM + QA),
+    ({"system": "be brief", "prompt": QA[:1], "completion": QA[1:]}, SYSTEM + QA),
+    ({"system": "be brief", "conversation": QA}, SYSTEM + QA),
+    ({"query": "r", "response": "x", "history": QA}, QA + ask("r", "x")),
+    ({"prompt": "\n\nHuman: q\n\nAssistant:", "completion": " ab"}, QA),
+    ({"prompt": "q", "messages": QA, "tools": "[]", "reasoning": None}, QA)]
 
 
 @pytest.mark.parametrize("row, messages", ROWS)
@@ -72,12 +83,71 @@ def test_reference_answer_follows_the_hashes():
 
 
 @pytest.mark.parametrize("messages, reason", [
+    ([QA[0], QA[1] | {"tool_calls": [{"name": "f"}]}], "tool_calls: no rule reads it"),
+    ([QA[0], QA[1] | {"reasoning_content": "hm"}], "reasoning_content: no rule reads it"),
     ([], "empty conversation"), (QA[::-1], "role order broken"), (QA[:1], "no assistant turn"),
     (ask("q", " "), "empty turn"), ([{"role": "x", "content": ""}], "unknown role"),
     (ask("q", 3), "content is not text"), ("q", "messages are text, not a list")])
 def test_refused_rows(messages, reason):
     with pytest.raises(ValueError, match=reason):
         data.to_conversation({"messages": messages})
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"messages": QA, "context": "c"}, "context: the format has no place for it"),
+    ({"messages": SYSTEM + QA, "system": "other"}, "system: the format has no place for it"),
+    ({"prompt": QA[:1], "completion": "ab", "input": "i"}, "input: the format has no place"),
+    ({"prompt": "p", "query": "q", "response": "ab"}, "query: the format has no place"),
+    ({"question": "q", "answer": "ab", "history": "h"}, "history: the format has no place"),
+    ({"chosen": QA, "rejected": QA, "context": "c"}, "context: the format has no place"),
+    ({"messages": QA, "tools": [{"name": "f"}]}, "tools: no rule reads it"),
+    ({"question": "q", "answer": "ab", "reasoning": "hm"}, "reasoning: no rule reads it"),
+    ({"question": "q", "answer": "ab", "image": {"path": "x"}}, "image: no rule reads it")])
+def test_text_is_never_dropped(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        data.to_conversation(row)
+
+
+@pytest.mark.parametrize("row, prompt, chosen, rejected", [
+    ({"instruction": "Translate.", "input": "Good day", "chosen": "Bonjour", "rejected": "Hola"},
+     [user("Translate.\n\nGood day")], "Bonjour", "Hola"),
+    ({"question": "q", "context": "c", "chosen": "a", "rejected": "b", "system": "be brief"},
+     [*SYSTEM, user("q\n\nc")], "a", "b"),
+    ({"system_prompt": "be brief", "chosen": QA, "rejected": ask("q", "b")},
+     [*SYSTEM, user("q")], "ab", "b"),
+    ({"prompt": "q", "history": [["x", "y"]], "chosen": "a", "rejected": "b"},
+     [*ask("x", "y"), user("q")], "a", "b"),
+    ({"prompt": "\n\nHuman: 2+2?\n\nAssistant:", "chosen": " 4", "rejected": " 5"},
+     [user("2+2?")], "4", "5"),
+    ({"prompt": "\n\nHuman: q\n\nAssistant: x\n\nHuman: 2+2?\n\nAssistant:",
+      "chosen": " 4\n", "rejected": " 5"}, [*ask("q", "x"), user("2+2?")], "4", "5"),
+    ({"prompt": "q\n<extra_id_1>Assistant\nx\n<extra_id_1>User\nr\n<extra_id_1>Assistant\n",
+      "chosen": "4", "rejected": "5"}, [*ask("q", "x"), user("r")], "4", "5"),
+    ({"prompt": "q", "chosen": "    return 1", "rejected": "pass"}, [user("q")], "    return 1",
+     "pass")])
+def test_pair_formats(row, prompt, chosen, rejected):
+    assert data.to_pair(row)[:3] == (prompt, chosen, rejected)
+
+
+@pytest.mark.parametrize("mark", [
+    {"weight": 0}, {"weight": 0.0}, {"train": False}, {"trainable": False}])
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_marked_turns_are_not_trained(mark, loss_on, prepare, source, chatml, run_dedup):
+    """Nor after a command wrote the row again, nor behind an empty system turn."""
+    messages = [user("q") | mark, assistant("ab") | mark,
+                user("r"), assistant("cd") | {"weight": 1}]
+    a = source([{"messages": messages}])
+    b = source([{"prompt": messages[:3], "completion": messages[3:]}], "b.jsonl")
+    for name in (a, b, run_dedup(a)):
+        dataset = prepare(name, loss_on=loss_on, empty_system=1.0).dataset
+        ids, targets = dataset["input_ids"][0], dataset["targets"][0]
+        text = chatml[0].decode([i for i, t in zip(ids, targets) if t])
+        assert "cd<|im_end|>" in text
+        assert "ab" not in text
+    pair = data.to_pair({"prompt": messages[:3], "chosen": "x", "rejected": "y"})
+    assert pair.prompt == [user("q"), assistant("ab"), user("r")]
+    with pytest.raises(ValueError, match="no target"):
+        prepare(source([{"messages": messages[:2]}]))
 
 
 # ------------------------------------------------------------------------------------------ masks
@@ -170,6 +240,21 @@ TEMPLATES = {
         "{% if loop.last and m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
         "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
+    "qwen-2.5": (                               # a system turn of its own
+        "<|im_start|> <|im_end|>",
+        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are Qwen.<|im_end|>\n' }}"
+        "{% endif %}" + data.CHATML),
+    "smollm2": (                                # the same, but tested as it is written there
+        "<|im_start|> <|im_end|>",
+        "{% for m in messages %}{% if loop.first and messages[0].role != 'system' %}"
+        "{{ '<|im_start|>system\nYou are SmolLM.<|im_end|>\n' }}{% endif %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
+    "phi-3-first": (                            # no system turn; the user turn writes the header
+        "<|user|> <|assistant|> <|end|>",
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+        "{{ '<|user|>\n' + m.content + '<|end|>\n<|assistant|>\n' }}"
+        "{% elif m.role == 'assistant' %}{{ m.content + '<|end|>\n' }}{% endif %}{% endfor %}"),
     "thinking": (                               # DeepSeek-R1's later generation prompt
         "<|im_start|> <|im_end|>",
         data.CHATML + "{% if add_generation_prompt %}<think>{% endif %}"),
@@ -185,7 +270,7 @@ def with_template(name, tmp_path):
     from transformers import AddedToken
     tokenizer = bpe_tokenizer(bos=True)
     specials, text = TEMPLATES[name]
-    tokens = [AddedToken(t, rstrip=name == "phi-3", special=True) for t in specials.split()]
+    tokens = [AddedToken(t, rstrip=name.startswith("phi"), special=True) for t in specials.split()]
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     path = tmp_path / "template.jinja"
     path.write_text(text)
@@ -196,7 +281,8 @@ def with_template(name, tmp_path):
     ("chatml", "ab<|im_end|>cd<|im_end|>"), ("llama-2", " ab </s> cd </s>"),
     ("llama-3", "ab<|eot_id|>cd<|eot_id|>"), ("gemma", "ab<end_of_turn>cd<end_of_turn>"),
     ("mistral", " ab</s> cd</s>"), ("zephyr", "ab</s>cd</s>"), ("phi-3", "ab<|end|>cd<|end|>"),
-    ("deepseek-r1", "ab</s>cd</s>")])
+    ("qwen-2.5", "ab<|im_end|>cd<|im_end|>"), ("smollm2", "ab<|im_end|>cd<|im_end|>"),
+    ("phi-3-first", "ab<|end|>cd<|end|>"), ("deepseek-r1", "ab</s>cd</s>")])
 def test_template_trains_answers_and_their_ends(name, text, tmp_path):
     """What precedes an answer is exactly what sampling sees, with one BOS."""
     tokenizer, template = with_template(name, tmp_path)
@@ -220,6 +306,7 @@ def test_template_that_trims_its_answers(tmp_path):
 @pytest.mark.parametrize("name, messages, reason", [
     ("gemma", SYSTEM + QA, "System role not supported"),
     ("mistral", SYSTEM + QA, "drops or rewrites a turn"),
+    ("phi-3-first", [{"role": "system", "content": "user"}, *QA], "drops or rewrites a turn"),
     ("deepseek-r1", ask("q", "<think>hm</think>ab"), "drops or rewrites a turn")])
 def test_rows_that_a_template_cannot_hold(name, messages, reason, tmp_path):
     tokenizer, template = with_template(name, tmp_path)
@@ -236,6 +323,123 @@ def test_rows_that_a_template_cannot_hold(name, messages, reason, tmp_path):
 def test_refused_templates_name_the_flag(name, reason, tmp_path):
     with pytest.raises(ValueError, match=f"--chat-template .*template.jinja: .*{reason}"):
         with_template(name, tmp_path)
+
+
+def test_a_refused_template_shows_both_texts(tmp_path):
+    """Training and sampling of the first answer that they disagree on."""
+    with pytest.raises(ValueError) as refusal:
+        with_template("thinking", tmp_path)
+    training, sampling = str(refusal.value).split("\n")[1:]
+    assert training.startswith("  training: '<s><|im_start|>user\\none<|im_end|>")
+    assert sampling == ("  sampling: '<s><|im_start|>user\\none<|im_end|>\\n<|im_start|>assistant"
+                        "\\n<think>'")
+
+
+PUBLIC = ["chatml", "llama-3", "gemma", "mistral", "zephyr", "phi-3", "phi-3-first", "qwen-2.5",
+          "deepseek-r1", "smollm2"]
+WORDS = strategies.text("ab \n<>/[]|:I\u00e9\U0001f981", max_size=6)
+
+
+@strategies.composite
+def conversations(draw):
+    """Perhaps a system turn, one to three exchanges, texts of characters that templates write."""
+    messages = [{"role": "system", "content": draw(WORDS)}] * draw(strategies.booleans())
+    for _ in range(draw(strategies.integers(1, 3))):
+        messages += ask(draw(WORDS), draw(WORDS))
+    return messages
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_training_begins_with_what_sampling_sees(name, tmp_path_factory, request):
+    """On random conversations: refused by a reason, or each answer and its end are trained behind
+    exactly the tokens that sampling sees, and every turn's text appears."""
+    tokenizer, template = with_template(name, tmp_path_factory.mktemp(name))
+    seen = {"trained": 0}
+
+    @hypothesis.settings(max_examples=500 if request.config.getoption("--slow") else 50,
+                         deadline=None, derandomize=True, database=None)
+    @hypothesis.given(conversations())
+    def check(messages):
+        try:
+            data.checked(Conversation(messages), {})
+            e = encode(messages, tokenizer, template)
+        except ValueError as refusal:
+            assert re.search("empty turn|refuses it|drops or rewrites|another text|merges|special "
+                             "token in the text", str(refusal))
+            return
+        seen["trained"] += 1
+        left = [False] * len(e.targets)
+        for i, m in enumerate(messages):
+            if m["role"] == "assistant":
+                prompt = data.prompt_ids(tokenizer, messages[:i])
+                assert e.input_ids[:len(prompt)] == prompt
+                end = e.input_ids.index(template.end_of_turn_id, len(prompt)) + 1
+                answer = tokenizer.decode(e.input_ids[len(prompt):end])
+                assert answer.split(template.end_of_turn)[0].strip() == m["content"].strip()
+                left[len(prompt):end] = [True] * (end - len(prompt))
+        assert e.targets == left
+        text = tokenizer.decode(e.input_ids)
+        for m in messages:
+            assert text.count(m["content"].strip()) >= [x["content"] for x in messages].count(
+                m["content"])
+    check()
+    assert seen["trained"] >= 5
+
+
+@pytest.mark.parametrize("entries, added", [
+    (["<unused0>", "<unused1>", "<unused2>"], []), (["<unused7>", "<unused8>"], ["<unused7>"]),
+    ([], ["<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]),
+    (["<|placeholder1|>", "<|placeholder2|>"], [])])
+def test_chatml_takes_reserved_entries(entries, added, tmp_path):
+    """The vocabulary keeps its size, also when it is saved and read again. The first reserved
+    entries become ChatML's two tokens, named as new so that their rows are set."""
+    from transformers import AutoTokenizer
+    tokenizer = bpe_tokenizer(entries=entries)
+    tokenizer.add_tokens(added)
+    size, reserved = len(tokenizer), [*entries, *added][:2]
+    ids = tokenizer.convert_tokens_to_ids(reserved)
+    template = data.set_template(tokenizer)
+    assert template.new_tokens == ["<|im_start|>", "<|im_end|>"]
+    e = encode(QA, tokenizer, template)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    for one in (tokenizer, again):
+        assert len(one) == size
+        assert one.convert_tokens_to_ids(template.new_tokens) == ids
+        assert not {*reserved} & {*one.get_vocab()}
+    read = data.set_template(again)
+    assert read.new_tokens == []
+    assert encode(QA, again, read) == e
+    assert e.input_ids[0] == ids[0]
+
+
+def test_chatml_is_appended_beyond_the_reserved_entries():
+    tokenizer = bpe_tokenizer(entries=["<unused3>", "<unusual4>"])
+    size = len(tokenizer)
+    ids = tokenizer.convert_tokens_to_ids(["<unused3>"])
+    assert data.set_template(tokenizer).new_tokens == ["<|im_start|>", "<|im_end|>"]
+    assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [*ids, size]
+
+
+def test_one_function_writes_the_bos(tmp_path):
+    """A template without BOS behind a tokenizer that adds one, and the other way round: exactly one
+    in training, in sampling and for a reward model; a cut prompt keeps it."""
+    for bos, text in ((True, data.CHATML), (True, "{{ bos_token }}" + data.CHATML),
+                      (False, "{{ bos_token }}" + data.CHATML)):
+        tokenizer = bpe_tokenizer(bos)
+        tokenizer.chat_template = text
+        judge = bpe_tokenizer(bos)
+        judge.chat_template = text
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        template = data.set_template(tokenizer, "tokenizer")
+        data.write_bos(judge)
+        assert data.render(judge, QA) == data.render(tokenizer, QA)
+        assert template.bos
+        for ids in (encode(QA, tokenizer, template).input_ids, data.prompt_ids(tokenizer, QA[:1])):
+            assert [i for i, t in enumerate(ids) if t == 0] == [0]
+        pair = data.Pair([user("q" * 50)], "a", "b")
+        cut = data.encode_pair(pair, tokenizer, template, max_length=60, max_prompt_length=10)
+        assert cut.prompt[0] == 0
 
 
 def test_a_tokenizer_without_template():
@@ -304,6 +508,16 @@ def prepare(chatml, tmp_path):
         settings = {"max_length": 100, "cache_dir": str(tmp_path / "cache")} | settings
         return data.prepare(sources, *chatml, **settings)
     return prepare_here
+
+
+@pytest.fixture
+def run_dedup(tmp_path):
+    """rows.jsonl of `dedup` over some sources."""
+    def run_here(*sources, pairs=()):
+        data.main(["dedup", *pairs, "--output", str(tmp_path / "dedup"), "--cache-dir",
+                   str(tmp_path / "cache"), "--data", *sources])
+        return str(tmp_path / "dedup/rows.jsonl")
+    return run_here
 
 
 def numbered(n):

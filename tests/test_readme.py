@@ -1,5 +1,7 @@
-"""The README's commands run and its table points at the right lines."""
+"""The README's commands and snippets run, and its tables name what exists."""
+import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -7,87 +9,100 @@ from pathlib import Path
 
 import pytest
 
-import dpo
-import online_dpo
+import evaluate
 import sft
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^    (\S.*)$", README, re.M)
+LINES = re.findall(r"^    (\S.*)$", README, re.M)
+COMMANDS = [line for line in LINES if not line.startswith(("pip", "pytest", "{"))]
+IN_TABLES = re.findall(r"^\| `(python data\.py [^`]*)`", README, re.M)
+CHAIN = next(line for line in LINES if "&& python sft.py" in line)
+# How a command becomes small enough for a test. Flags of the command itself come later and win.
+SMALL = {
+    "sft.py": "--preset demo --data demo:train=0.02 --max-steps 20 --eval-every 100",
+    "dpo.py": "--preset demo --model runs/sft --max-steps 2 --max-pairs 64 --eval-data demo-pairs:test=0.1",
+    "online_dpo.py": "--preset demo --model runs/dpo --max-steps 2 --max-prompts 16 --iterations 1 "
+                     "--max-new-tokens 8 --truncated-can-win --judge python:length.py:score",
+    "evaluate.py": "stages --data demo:test=0.1 --pairs demo-pairs:test=0.1 --max-new-tokens 8"}
+LARGE = {"google/gemma-2b": "demo", "runs/gemma-2b-sft": "runs/sft", "runs/gemma-2b-dpo": "runs/dpo"}
 
 
-def test_table_names_the_line_of_each_function():
-    named = re.findall(r"`(\w+)` (\w+\.py):(\d+)", README)
-    assert len(named) >= 9
-    for name, file, line in named:
-        assert (ROOT / file).read_text().splitlines()[int(line) - 1].startswith(f"def {name}("), (name, file)
+def run(command, folder, output=None):
+    """A shell line of the README in `folder`, its scripts made small; stdout."""
+    for large, small in LARGE.items():
+        command = re.sub(rf"(?<=--model ){large}(?!\S)", small, command)
+    for script, flags in SMALL.items():
+        if output and script != "evaluate.py":
+            flags += f" --output {output}"
+        command = re.sub(rf"(?<= ){script}", f"{ROOT / script} {flags}", command)
+    command = re.sub(r"(?<= )data\.py (\w+)", rf"{ROOT / 'data.py'} \1 --data demo=0.02", command)
+    command = command.replace("deepspeed ", "deepspeed --num_accelerators 2 ")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-ec", command], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, "PATH": path, "HOME": str(folder)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    """What `python sft.py` leaves after forty steps: its answers are text, if wrong."""
-    folder = tmp_path_factory.mktemp("sft")
-    sft.main(["--max-steps", "40", "--eval-samples", "0", "--output", str(folder / "run"), "--cache-dir",
-              str(folder / "cache")])
-    return str(folder / "run")
+def place(tmp_path_factory):
+    """A folder in which the README's first command has run, with the README's rows as files."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "length.py").write_text(
+        "def score(prompt, answers, reference):\n    return [sum(map(ord, a)) for a in answers]\n")
+    conversation, pair = (line for line in LINES if line.startswith("{"))
+    (folder / "mine.jsonl").write_text(conversation)
+    (folder / "pairs.jsonl").write_text(pair)
+    table = run(CHAIN.partition("&& ")[2], folder)
+    assert "| online-dpo |" in re.sub(" +", " ", table)
+    return folder
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith(("pip", "pytest"))])
-def test_command(command, policy, tmp_path):
-    """As written, but few steps into a temporary folder, and the demo model where a large one is named."""
-    program, *args = command.split()
-    if args[0] == "evaluate.py":
-        return evaluate_command(args, policy, tmp_path)
-    judge = tmp_path / "judge.py"                           # forty steps of SFT answer little right: any difference will do
-    judge.write_text("def score(prompt, answers, reference):\n    return [sum(map(ord, a)) % 97 for a in answers]\n")
-    if program == "deepspeed":
-        assert {"dpo.py": dpo, "online_dpo.py": online_dpo, "sft.py": sft}[args[0]].PRESETS["gemma-2b"]["model"] == args[2]
-        run = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", args[0]]
-    else:
-        run = [sys.executable, *args]
-    if args[0] == "dpo.py" and args[1:2] == ["sweep"]:
-        run += ["--max-steps", "2", "--preset", "demo", "--model", policy, "--output", str(tmp_path / "sweep"),
-                "--eval-samples", "8"]
-    elif args[0] == "dpo.py":
-        run = run[:run.index("dpo.py") + 1] + ["--preset", "demo", "--model", policy, "--max-steps", "2", "--max-pairs",
-                                               "64", "--eval-samples", "8", "--output", str(tmp_path / "run")]
-        if "--ref" in args:
-            run += ["--ref", policy]
-    if args[0] == "online_dpo.py":
-        run = run[:run.index("online_dpo.py") + 1] + [
-            "--preset", "demo", "--model", policy, "--max-steps", "2", "--max-prompts", "32", "--iterations", "1", "--truncated-can-win",
-            "--eval-samples", "8", "--max-new-tokens", "8", "--judge", f"python:{judge}:score", "--output", str(tmp_path / "run")]
-    if args[0] == "data.py" and args[1] != "show":
-        run += ["--output", str(tmp_path / "run")]
-    if "--near" in args:
-        pytest.importorskip("rensa")
-    if args[0] == "sft.py":
-        run += ["--max-steps", "2", "--eval-samples", "8", "--output", str(tmp_path / "run")]
-    done = subprocess.run([*run, "--cache-dir", str(tmp_path / "cache")], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    last = [line for line in done.stdout.splitlines() if line.startswith("{")][-1]
-    assert json.loads(last)
+@pytest.mark.parametrize("command", COMMANDS + IN_TABLES)
+def test_command(command, place):
+    """As written, but few steps, and the demo's models where large ones are named."""
+    if not re.search("[A-Z]{2}", command):
+        output = f"runs/{abs(hash(command))}"
+        assert json.loads(run(command, place, output).splitlines()[-1])
 
 
-def evaluate_command(args, policy, tmp_path):
-    """As written, in a folder whose runs are the small model's; those of a curve are a record each."""
-    run = json.loads((Path(policy) / "run.json").read_text())
-    for name in ("sft", "dpo", "online-dpo", *(f"curve/{k}" for k in range(1, 5))):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        for file in Path(policy).iterdir():
-            (tmp_path / "runs" / name / file.name).symlink_to(file)
-        if name.startswith("curve"):
-            made = run | {"result": run["result"] | {"exact_match": 0.5, "cumulative": {"steps": int(name[-1])}}}
-            (tmp_path / "runs" / name / "run.json").unlink()
-            (tmp_path / "runs" / name / "run.json").write_text(json.dumps(made))
-    args = [str(p) for a in args[1:] for p in (sorted(tmp_path.glob(a)) if "*" in a else [a])]
-    if "judge" in args:
-        args += ["--limit", "6"]
-    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *args], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1])
+def test_loop_over_beta(place):
+    loop = re.search(r"`(for b in [^`]*done)`", README)[1]
+    run(loop, place)
+    folders = {path.name for path in (place / "runs").glob("beta-*/run.json")} or {
+        path.parent.name for path in (place / "runs").glob("beta-*/run.json")}
+    assert folders == {"beta-0.01", "beta-0.05", "beta-0.1"}
+
+
+def test_snippets(capsys):
+    """They run one after the other; the loss is ln 2, the ranking 1 and -1."""
+    names = {}
+    for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
+        exec(snippet, names)
+    assert names["loss"].item() == pytest.approx(0.693147, abs=1e-5)
+    assert names["scores"].tolist() == [1, -1]
+    assert [i for i, t in enumerate(names["targets"]) if t]
+
+
+def test_tables_name_what_exists():
+    """Functions as `module.name`, subcommands of evaluate.py, flags of any script, files."""
+    functions = re.findall(r"`(kernels|data|sft|dpo|online_dpo|evaluate)\.([a-z]\w*)`", README)
+    assert len(functions) > 20
+    for module, name in functions:
+        assert name == "py" or hasattr(importlib.import_module(module), name), (module, name)
+    help_texts = "".join((ROOT / f"{module}.py").read_text() for module in
+                         ("data", "sft", "dpo", "online_dpo", "evaluate"))
+    for flag in set(re.findall(r"(?<=[`\s])--[a-z][\w-]+", README)):
+        known = f'"{flag}"' in help_texts or flag in ("--slow", "--real-data", "--num_nodes", "--no-build-isolation")
+        assert known, flag
+    commands = evaluate.parser()._subparsers._group_actions[0].choices
+    for name in re.findall(r"`evaluate\.py ([a-z-]+)", README):
+        assert name in commands, name
+    for model in LARGE:
+        assert model in str(sft.PRESETS) or model in README
 
 
 def test_requirements_are_pinned_with_a_reason():
-    lines = [x for x in (ROOT / "requirements.txt").read_text().splitlines() if x and not x.startswith("#")]
-    assert all("#" in x for x in lines)
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        assert line.startswith("#") or re.match(r"[\w-]+==[\d.]+ +# \w", line), line

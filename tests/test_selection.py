@@ -363,6 +363,45 @@ def test_output_never_overwrites_its_input(run, source, tmp_path):
             run(command, name)
 
 
+@pytest.mark.parametrize("command", [
+    "dedup", "dedup --near", "decontaminate --against BENCH", "select --method random --budget 9",
+    "select --method a2 --budget 9", "annotate --rm RM"])
+def test_what_a_command_writes_is_a_source(command, run, source, models, tmp_path):
+    """Of pairs and of conversations, over two sources, read by sft.py and dpo.py. Rows keep the
+    name of the source that they came from."""
+    rows = [pair(f"q {i}", "a b c", "d", (5 + i / 2, 2)) for i in range(4)]
+    rows[0] |= {"answer": "7", "unfinished": ["chosen"], "system": "s"}
+    conversations = [question(f"q {i}") for i in range(4)] + [
+        {"messages": data.ask("r", "x"), "answer": "7", "unfinished": True, "last_only": True}]
+    bench = source([question("benchmark")], "bench.jsonl")
+    command = command.replace("BENCH", bench).replace("RM", str(models / "rm")).split()
+    tokenizer = data.demo_tokenizer()
+    settings = tokenizer, data.set_template(tokenizer)
+    limits = dict(max_length=200, cache_dir=str(tmp_path / "cache"))
+    for pairs, content in ((True, rows), (False, conversations)):
+        if not pairs and {"a2", "annotate"} & {*command}:
+            continue
+        files = [source(content[:2], "a.jsonl"), source(content[2:], "b.jsonl")]
+        flags = ["--pairs"] * (pairs and command[0] != "annotate")
+        run(" ".join([*command, *flags, "--data"]), *files)
+        for both in {pairs, False}:
+            whole = data.prepare(files, *settings, pairs=both, **limits)
+            written = str(tmp_path / "out/rows.jsonl")
+            again = data.prepare([written], *settings, pairs=both, **limits)
+            columns = ["messages_json", "answer", "source", "row", "n_targets"]
+            expected, written = (sorted(zip(*(one.dataset[c] for c in columns)))
+                                 for one in (whole, again))
+            assert written == expected
+            assert {*again.stats["sources"]} == {*files}
+
+
+def test_random_selection_needs_no_score(run, source, capsys):
+    run("select --method random --budget 2 --data", source(map(question, "abc")))
+    printed = capsys.readouterr().out
+    assert "2 of 3 rows selected" in printed
+    assert "without a score" not in printed
+
+
 def test_random_is_nested_and_seeded(run, source):
     a = source(map(question, map(str, range(50))))
     many, few, other = (

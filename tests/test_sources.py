@@ -1,6 +1,8 @@
 """data.py: each public source by a row of its published schema, ratings, mixes, whole files."""
+import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +41,36 @@ SFT = {  # source: (row, messages)
                                                  {"input": "r", "output": "b"}]}, QA + RB),
     "HuggingFaceH4/deita-10k-v0-sft:train_sft": (
         {"prompt": "q", "prompt_id": "f0", "messages": QA}, QA),
-    "ise-uiuc/Magicoder-Evol-Instruct-110K": ({"instruction": "q", "response": "a"}, QA)}
+    "ise-uiuc/Magicoder-Evol-Instruct-110K": ({"instruction": "q", "response": "a"}, QA),
+    # popular sources that no mix names
+    "tatsu-lab/alpaca": (
+        {"instruction": "q", "input": "i", "output": "a", "text": "Below is .."},
+        data.ask("q\n\ni", "a")),
+    "databricks/databricks-dolly-15k": (
+        {"instruction": "Who built it?", "context": "Ida built the mill.", "response": "Ida",
+         "category": "closed_qa"}, data.ask("Who built it?\n\nIda built the mill.", "Ida")),
+    "Open-Orca/OpenOrca": (
+        {"id": "flan.1", "system_prompt": "be brief", "question": "q", "response": "a"},
+        SYSTEM + QA),
+    "allenai/WildChat-1M": (
+        {"conversation_hash": "f0", "model": "gpt-4", "timestamp": None, "turn": 1,
+         "conversation": [m | {"toxic": False, "language": "English"} for m in QA]}, QA),
+    "lmsys/lmsys-chat-1m": (
+        {"conversation_id": "f0", "model": "vicuna", "conversation": QA, "redacted": False}, QA),
+    "HuggingFaceH4/no_robots": (
+        {"prompt": "q", "prompt_id": "f0", "messages": SYSTEM + QA, "category": "Chat"},
+        SYSTEM + QA),
+    "allenai/tulu-3-sft-mixture": ({"id": "f0", "messages": QA, "source": "ai2"}, QA),
+    "Magpie-Align/Magpie-Pro-300K-Filtered": (
+        {"uuid": "f0", "instruction": "q", "response": "a",
+         "conversations": share_gpt(("human", "q"), ("gpt", "a"))}, QA),
+    "openai/gsm8k:main:train": ({"question": "q", "answer": "a"}, QA),
+    "TIGER-Lab/MathInstruct": ({"source": "CoT", "instruction": "q", "output": "a"}, QA),
+    "hiyouga/glaive-alike-history": (
+        {"instruction": "r", "input": "", "output": "b", "history": [["q", "a"]],
+         "system": "be brief"}, SYSTEM + QA + RB),
+    "trl-internal-testing/zen:conversational_prompt_completion:train": (
+        {"prompt": QA[:1], "completion": QA[1:]}, QA)}
 
 
 def completion(text, *ratings):
@@ -55,6 +86,16 @@ def helpsteer(prompt, text, helpfulness):
             "coherence": 4, "complexity": 0, "verbosity": 0}
 
 
+def authors(prompt, chosen, rejected, *scores):
+    """The schema of all the authors' copies on the Hub."""
+    return {"prompt": prompt[0]["content"], "prompt_id": "f0", "other_info": {},
+            "chosen": [*prompt, assistant(chosen)], "rejected": [*prompt, assistant(rejected)],
+            "messages": [*prompt, assistant(chosen)], "score_chosen": scores[0],
+            "score_rejected": scores[1]}
+
+
+POST = "SUBREDDIT: r/x\nTITLE: t\nPOST: p\nTL;DR:"
+EXTRA = "q\n<extra_id_1>Assistant\na\n<extra_id_1>User\nr"
 HISTORY = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: "
 A_OVER_B = QA[:1], "a", "b"
 PAIRS = {  # source: (row, prompt, chosen, rejected, score of chosen, of rejected)
@@ -66,25 +107,62 @@ PAIRS = {  # source: (row, prompt, chosen, rejected, score of chosen, of rejecte
         {"source": "evol", "prompt": "q", "chosen": QA, "chosen-rating": 5.0, "chosen-model": "x",
          "rejected": QB, "rejected-rating": 3.0, "rejected-model": "y"},
         *A_OVER_B, 10, 5.5),
-    "openbmb/UltraFeedback": (              # means 4 and 3 of 1..5: 1 + 9 * 3/4, 1 + 9 * 2/4
+    **{f"{data.AUTHORS}{name}": (authors(QA[:1], "a", "b", 8.5, 6), *A_OVER_B, 8.5, 6)
+       for name in ("UltraFeedback_binarized", "distilabel-intel-orca-dpo-pairs_cleaned",
+                    "py-dpo-v0.1", "HelpSteer", "PKU-SafeRLHF", "Nectar")},
+    **{f"{data.AUTHORS}{name}": (
+        authors([*QA, user("r")], "c", "d", 10, 1), [*QA, user("r")], "c", "d", 10, 1)
+       for name in ("distilabel-capybara-dpo-7k-binarized", "hh-rlhf")},
+    f"{data.AUTHORS}tldr-summarisation-preferences": (
+        authors([user(POST)], "a", "b", None, None), [user(POST)], "a", "b", None, None),
+    # means 4 and 3 of 1..5: 1 + 9 * 3/4, 1 + 9 * 2/4
+    "openbmb/UltraFeedback": (
         {"source": "evol", "instruction": "q", "models": ["m"] * 3, "correct_answers": ["None"],
          "completions": [completion("b", "3", "3", "3", "3"), completion("a", "5", "4", "4", "3"),
-                         completion("unrated", "5", "5", "5", "N/A"),
+                         completion("unrated", "N/A", "N/A", "N/A", "N/A"),
                          {"response": "unrated", "annotations": None}]},
         *A_OVER_B, 7.75, 5.5),
     "Anthropic/hh-rlhf": (
         {"chosen": HISTORY + "c", "rejected": HISTORY + "d"},
         [*QA, user("r")], "c", "d", None, None),
     "CarperAI/openai_summarize_comparisons": (
-        {"prompt": "POST: p\nTL;DR:", "chosen": "TL;DR: a", "rejected": "TL;DR: b"},
-        [user("POST: p\nTL;DR:")], "TL;DR: a", "TL;DR: b", None, None),
+        {"prompt": POST[:-7], "chosen": "TL;DR: a", "rejected": "TL;DR: b"},
+        [user(POST)], "a", "b", None, None),
     "openai/summarize_from_feedback": (
-        {"info": {"id": "t3", "post": "p", "title": "t", "subreddit": "x", "site": None,
+        {"info": {"id": "t3", "post": "p ", "title": "t", "subreddit": "x", "site": None,
                   "article": None},
-         "summaries": [{"text": "b", "policy": "sup", "note": ""},
-                       {"text": "a", "policy": "ppo", "note": ""}],
+         "summaries": [{"text": " b", "policy": "sup", "note": ""},
+                       {"text": " a", "policy": "ppo", "note": ""}],
          "choice": 1, "worker": "w", "batch": "b", "split": "train", "extra": {"confidence": 7}},
-        [user("SUBREDDIT: r/x\nTITLE: t\nPOST: p\nTL;DR:")], "a", "b", None, None),
+        [user(POST)], "a", "b", None, None),
+    "trl-lib/tldr-preference": (
+        {"prompt": POST, "chosen": " a", "rejected": " b"},
+        [user(POST)], "a", "b", None, None),
+    "trl-lib/ultrafeedback_binarized": (
+        {"chosen": QA, "rejected": QB, "score_chosen": 9.0, "score_rejected": 5.5},
+        *A_OVER_B, 9, 5.5),
+    "trl-lib/hh-rlhf-helpful-base": (
+        {"prompt": [*QA, user("r")], "chosen": [assistant("c")], "rejected": [assistant("d")]},
+        [*QA, user("r")], "c", "d", None, None),
+    "argilla/dpo-mix-7k": (                 # of 1..5, and of 1..10 if one is above 5
+        {"dataset": "argilla/..", "chosen": QA, "rejected": QB, "chosen_rating": 5.0,
+         "rejected_rating": 3.0}, *A_OVER_B, 10, 5.5),
+    "argilla/dpo-mix-7k, its Orca rows": (
+        {"dataset": "argilla/..", "chosen": QA, "rejected": QB, "chosen_rating": 9,
+         "rejected_rating": 4}, *A_OVER_B, 9, 4),
+    "Skywork/Skywork-Reward-Preference-80K-v0.2": (
+        {"chosen": QA, "rejected": QB, "source": "magpie"}, *A_OVER_B, None, None),
+    "nvidia/HelpSteer2": (
+        {"prompt": EXTRA, "responses": [helpsteer(EXTRA, "d", 0), helpsteer(EXTRA, "c", 4)]},
+        [*QA, user("r")], "c", "d", 10, 7),
+    "nvidia/HelpSteer2, preference": (
+        {"split": "train", "prompt": EXTRA, "response_1": "d", "response_2": "c",
+         "preference_strength": 1, "preference_statement": ".."},
+        [*QA, user("r")], "c", "d", None, None),
+    "nvidia/HelpSteer3:preference:train": (
+        {"domain": "general", "language": "english", "context": [*QA, user("r")],
+         "response1": "c", "response2": "d", "overall_preference": -2},
+        [*QA, user("r")], "c", "d", None, None),
     "berkeley-nest/Nectar": (
         {"prompt": "\n\nHuman: q\n\nAssistant: ", "turns": 1, "num_responses": 2,
          "answers": [{"answer": "b", "model": "x", "rank": 2.0},
@@ -136,7 +214,11 @@ def test_pair_source(name):
         assert conversation.last_only
 
 
+STRENGTHS = {"HelpSteer2, preference": ["prompt", "response_1", "response_2"],
+             "HelpSteer3:preference:train": ["context", "response1", "response2"]}
 NEEDED = {
+    **{f"nvidia/{name}": columns for name, columns in STRENGTHS.items()},
+    "nvidia/HelpSteer2": ["prompt", "responses"],
     "openbmb/UltraFeedback": ["instruction", "completions"],
     "openai/summarize_from_feedback": ["info", "summaries", "choice"],
     "berkeley-nest/Nectar": ["prompt", "answers"], "nvidia/HelpSteer": ["prompt", "responses"],
@@ -154,7 +236,7 @@ def test_pair_that_lacks_what_it_needs(name):
                 data.to_pair(damaged)
 
 
-@pytest.mark.parametrize("name", SFT)
+@pytest.mark.parametrize("name", [*SFT][:8])
 def test_conversation_that_lacks_what_it_needs(name):
     row = SFT[name][0]
     for column in {"conversations", "conversation", "messages", "query", "response", "question",
@@ -168,6 +250,7 @@ def test_conversation_that_lacks_what_it_needs(name):
 # ---------------------------------------------------------------------------------------- ratings
 @pytest.mark.parametrize("ratings, reason", [
     ([5, 5, 5, None], "fewer than two rated"), ([6, 4, 4, 4], "fewer than two rated"),
+    (["N/A"] * 4, "fewer than two rated"),
     ([4, 4, 4, 4], "ratings tie")])
 def test_ultrafeedback_never_invents_a_rating(ratings, reason):
     completions = [completion("a", *ratings), completion("b", 4, 4, 4, 4)]
@@ -193,7 +276,7 @@ def test_scales_reach_one_and_ten():
     for low, high in ((1, 10), (1, 5), (0, 4)):
         values = low, (low + high) / 2, high, str(high)
         assert [data.on_ten(value, low, high) for value in values] == [1, 5.5, 10, 10]
-    assert data.on_ten(4.5, *data.SCALES["{}-rating"]) == 8.875
+    assert data.on_ten(4.5, 1, 5) == 8.875
 
 
 def test_drawn_answer_depends_on_the_prompt_alone():
@@ -220,6 +303,33 @@ def test_nectar_refuses_what_has_no_order(rank):
         data.to_pair({"prompt": "q", "answers": answers})
 
 
+def test_nectar_draws_among_the_bottom_three():
+    answers = [{"answer": str(rank), "rank": float(rank)} for rank in (4, 1, 7, 2, 6, 3, 5)]
+    pairs = [data.to_pair({"prompt": f"q {i}", "answers": answers}) for i in range(60)]
+    assert {pair.chosen for pair in pairs} == {"1"}
+    assert {pair.rejected for pair in pairs} == {"5", "6", "7"}
+
+
+def test_an_aspect_that_is_not_applicable_is_left_out_of_the_mean():
+    """Means 5 and 2 of 1..5: 10 and 1 + 9 / 4."""
+    completions = [completion("b", 2, "N/A", 2, 2), completion("a", 5, "N/A", 5, 5)]
+    pair = data.to_pair({"instruction": "q", "completions": completions})
+    assert pair[1:5] == ("a", "b", 10, 3.25)
+
+
+@pytest.mark.parametrize("scores, expected", [
+    ([(10, 1)] * 3, [None] * 3), ([(10, 1), (None, None)], [None] * 2),
+    ([(10, 1), (9, 1)], [10, 9]),
+    ([(10.0, 1.0), (10, 2)], [10, 10])])
+def test_placeholder_scores_are_no_ratings(scores, expected, prepare, source, capsys):
+    rows = [authors([user(f"q {i}")], "a", "b", *both) for i, both in enumerate(scores)]
+    dataset, stats, _ = prepare(source(rows), pairs=True)
+    written = {row: score for row, score in zip(dataset["row"], dataset["score_chosen"])}
+    assert [written[row] for row in sorted(written)] == expected
+    assert stats["total"]["rated"] == len(expected) - expected.count(None)
+    assert ("no ratings" in capsys.readouterr().err) == (expected[0] is None)
+
+
 def test_safety_pair_needs_both_verdicts_to_agree():
     with pytest.raises(ValueError, match="not the safer one"):
         data.to_pair(PAIRS["PKU-Alignment/PKU-SafeRLHF"][0] | {"safer_response_id": 0})
@@ -237,21 +347,47 @@ def test_mixes_name_known_sources_and_the_release_fractions():
     gemma = mixes["lion-dpo-gemma"]
     llama = mixes["lion-dpo-llama"]
     assert len(gemma) == 8
-    assert set(gemma) - set(llama) == {"openai_summarize_comparisons"}
+    assert set(gemma) - set(llama) == {"DPO-tldr-summarisation-preferences"}
     parts = {name: share for name, share in (gemma | llama).items() if share < 1}
-    assert parts == {"PKU-SafeRLHF": 0.1, "openai_summarize_comparisons": 0.1}
-    assert gemma["Nectar"] == 0.25
+    assert parts == {"DPO-PKU-SafeRLHF": 0.1, "DPO-tldr-summarisation-preferences": 0.1}
+    assert gemma["DPO-Nectar"] == 0.25
+    splits = {source.name: source.split for source in data.parse_sources(["lion-dpo-study"])}
+    assert splits.pop("Columbia-NLP/DPO-UltraFeedback_binarized") == "train_prefs"
+    assert {*splits.values()} == {"train"}
 
 
 def test_fraction_of_a_mix_and_its_splits():
     *mix, demo = data.parse_sources(["lion-dpo-gemma=0.5", "demo"])
     assert demo.name == "demo"
-    assert {source.name: source.fraction for source in mix}["berkeley-nest/Nectar"] == 0.125
+    assert {source.name: source.fraction for source in mix}["Columbia-NLP/DPO-Nectar"] == 0.125
     with pytest.raises(ValueError, match="--data lion-sft:test: a mix names its own splits"):
         data.parse_sources(["lion-sft:test"])
 
 
 # ------------------------------------------------------------------------------------ whole files
+def test_the_versions_of_tldr_are_duplicates(prepare, source):
+    names = [name for name in PAIRS if "summar" in name or "tldr" in name]
+    a = source([PAIRS[name][0] for name in names])
+    dataset, stats, _ = prepare(a, pairs=True, max_length=300)
+    assert len(names) == 4
+    assert stats["sources"][a]["reasons"] == {data.DUPLICATE: [3, f"{a}:2"]}
+    assert json.loads(*dataset["messages_json"]) == [[user(POST)], "a", "b", []]
+
+
+def test_fractions_count_after_duplicates(prepare, source):
+    """40 rows, 30 different, 5 of them in an earlier source: int(0.5 * 25) of them. A source that
+    is taken whole keeps rows that another one's fraction left out."""
+    first = source(numbered(5), "first.jsonl")
+    half = source(numbered(30) + numbered(10), "half.jsonl") + "=0.5"
+    whole = source(numbered(40), "whole.jsonl")
+    stats = prepare(first, half, seed=1).stats["sources"]
+    assert stats[half[:-4]]["examples"] == 12
+    prepared = prepare(first, half, whole, seed=1)
+    assert prepared.stats["total"]["examples"] == 40
+    assert prepared.stats["sources"][half[:-4]]["examples"] == 12
+    assert prepare(source(numbered(100), "a.jsonl") + "=0.29").stats["total"]["examples"] == 28
+
+
 def test_fractions_are_seeded(prepare, source):
     name = f"{source(numbered(40))}=0.5"
     half, same, other = ({*prepare(name, seed=seed).dataset["row"]} for seed in (1, 1, 2))
@@ -265,6 +401,150 @@ def test_only_newlines_end_a_row(prepare, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(text.encode())
     messages, = prepare(str(tmp_path / "a.jsonl")).dataset["messages_json"]
     assert json.loads(messages) == data.ask("q\u2028\u0085r", "a")
+
+
+def test_text_that_no_rule_reads_is_named_once(prepare, source):
+    rows = [{"query": f"q {i}", "response": "a", "category": "x", "number": 3, "url": " "}
+            for i in range(3)]
+    a = source([*rows, {"query": "r", "response": "a", "note": "y", "category": "z"}])
+    stats = prepare(a).stats
+    assert stats["sources"][a]["unread"] == {
+        "no rule reads the text column category": [4, f"{a}:1"],
+        "no rule reads the text column note": [1, f"{a}:4"]}
+    assert data.stats_table(stats).count("category") == 1
+
+
+QA_LINE, QA_JSON = '{"query": "q", "response": "a"}\n', '[{"query": "q", "response": "a"}]'
+QA_CSV = "query,response\nq,a\n"
+
+
+@pytest.mark.parametrize("name, text", [
+    ("a.ndjson", QA_LINE), ("a.jsonl.gz", QA_LINE), ("a.json", QA_JSON), ("a.json.gz", QA_JSON),
+    ("a.json", "\ufeff" + QA_JSON), ("a.json", QA_LINE), ("a.json", f"{QA_LINE}\n"),
+    ("a.json", QA_JSON.replace(":", ":\n  ")), ("a.csv", QA_CSV), ("a.csv", f"\ufeff{QA_CSV}"),
+    ("a.csv.gz", QA_CSV), ("a.csv", 'query,response\r\n"q","a"\r\n'),
+    ("a.tsv", QA_CSV.replace(",", "\t"))])
+def test_file_formats(name, text, prepare, tmp_path):
+    content = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    dataset = prepare(str(tmp_path / name)).dataset
+    assert json.loads(*dataset["messages_json"]) == QA
+    assert dataset["row"][:] == [1]
+
+
+@pytest.mark.parametrize("name, content, reason", [
+    ("a.txt", b"q", "unknown ending; a file ends in .jsonl"), ("a", b"q", "unknown ending"),
+    ("a.csv", "query,response\nq,\u00e9\n".encode("latin-1"), "UTF-8"),
+    ("a.csv", QA_CSV.encode("utf-16"), "UTF-8"),
+    ("a.jsonl", '{"query": "\u00e9"}'.encode("latin-1"), "a.jsonl: Unicode.*utf-8"),
+    ("a.json", '["\u00e9"]'.encode("latin-1"), "UTF-8"),
+    ("a.csv", b"query,response\nq,a\nr,b,c\n", "line 3"),
+    ("a.csv", b"query,response\nr,b,c\n", "more fields than the header"),
+    ("a.csv", b"query,response\nr\n", "empty turn"),
+    ("a.json", b'[{"query": ', "a.json: Expecting"), ("a.json", b"[1]", "a.json:1: .*JSON object"),
+    ("a.json", b"{\n}", "a.json:1: not JSON"),
+    ("a.json.gz", gzip.compress(b"[{}]")[:-5], "a.json.gz: Compressed file ended"),
+    ("a.parquet", b"PAR1 no", "a.parquet: ")])
+def test_bad_files_are_named_with_what_is_wrong(name, content, reason, prepare, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"(?s)--data.*{reason}|{reason}"):
+        prepare(str(tmp_path / name))
+
+
+def test_parquet_and_folders_are_read_by_content(prepare, tmp_path):
+    """A changed file of the same size and time. A folder without the asked split."""
+    import datasets
+    path, folder = tmp_path / "a.parquet", tmp_path / "saved"
+    for answer in "ab":
+        table = datasets.Dataset.from_list([{"query": "q", "response": answer}])
+        table.to_parquet(path)
+        os.utime(path, (1, 1))
+        assert json.loads(*prepare(str(path)).dataset["messages_json"])[1]["content"] == answer
+    datasets.DatasetDict({"small": table, "large": table}).save_to_disk(folder)
+    assert len(prepare(f"{folder}:small").dataset) == 1
+    table.save_to_disk(tmp_path / "one")
+    for name, splits in ((f"{folder}", "small, large"), (f"{tmp_path}/one:test", "train"),
+                         (f"{path}:test", "train"), ("demo:x", "train, test")):
+        with pytest.raises(ValueError, match=f"--data .*: the splits are {splits}"):
+            prepare(name)
+
+
+class TimeoutException(Exception):
+    """As the Hub's HTTP client raises: no OSError."""
+
+
+def hub_errors():
+    """Each kind of failure, by the classes that the library raises for it."""
+    import datasets.exceptions as e
+    broken = e.DatasetGenerationError("An error occurred while generating the dataset")
+    broken.__cause__ = OSError("Consistency check failed")
+    return {
+        "unknown": e.DatasetNotFoundError("Dataset 'x/y' doesn't exist on the Hub"),
+        "gated": e.DatasetNotFoundError("Dataset 'x/y' is a gated dataset on the Hub"),
+        "config": ValueError("Config name is missing.\nPlease pick one among: ['main']"),
+        "split": ValueError('Unknown split "x". Should be one of ["test"].'),
+        "script": RuntimeError("Dataset scripts are no longer supported, but found y.py"),
+        "offline": ConnectionError("Couldn't reach 'x/y' on the Hub (LocalEntryNotFoundError)"),
+        "timeout": TimeoutException("The read operation timed out"),
+        "empty": e.DataFilesNotFoundError("No (supported) data files found in x/y"),
+        "sizes": e.NonMatchingSplitsSizesError("expected 3"), "broken": broken}
+
+
+@pytest.mark.parametrize("kind", hub_errors())
+def test_what_the_hub_raises_is_one_message(kind, prepare, monkeypatch):
+    error, calls = hub_errors()[kind], []
+
+    def load_dataset(*names, split, cache_dir):
+        calls.append((*names, split))
+        raise error
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    text = str(error.__cause__ or error).split("\n")[0]
+    with pytest.raises(ValueError, match=f"^--data x/y: .*{re.escape(text)}.*ID:config:split"):
+        prepare("x/y:main:test")
+    assert calls == [("x/y", "main", "test")]
+
+
+@pytest.mark.parametrize("text, parsed", [
+    ("a/b", ("a/b", "train", 1)), ("a/b:test", ("a/b", "test", 1)),
+    ("a/b:main:test", ("a/b", "main:test", 1)), ("a/b:v1.2:test=0.5", ("a/b", "v1.2:test", 0.5)),
+    ("a/b:2024-01 x:test", ("a/b", "2024-01 x:test", 1))])
+def test_source_names(text, parsed):
+    assert data.parse_source(text) == parsed
+
+
+@pytest.mark.parametrize("home", ["/proc/none", "/dev/null", None])
+def test_a_home_that_cannot_be_written_to(home, prepare, source, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+    if home:
+        monkeypatch.setenv("HOME", home)
+    else:
+        monkeypatch.setattr(Path, "home", no_home)
+    a = source(numbered(2))
+    with pytest.raises(ValueError, match="--cache-dir .*name a folder"):
+        prepare(a, cache_dir=None)
+    assert len(prepare(a).dataset) == 2
+
+
+def test_shared_memory_that_cannot_be_used(prepare, source, monkeypatch):
+    def lock():
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr("multiprocessing.Lock", lock)
+    a = source(numbered(2001))
+    with pytest.raises(ValueError, match="--num-proc 2: .*/dev/shm.*use --num-proc 1"):
+        prepare(a, num_proc=2)
+    assert len(prepare(a, num_proc=1).dataset) == 2001
+
+
+def test_the_cache_folder_is_the_only_place_written_to(source, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    flags = ["--data", source(numbered(20)), "--num-proc", "1", "--cache-dir", tmp_path / "cache",
+             "--output", tmp_path / "out"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))}
+    subprocess.run([sys.executable, data.__file__, "dedup", *flags], check=True,
+                   env=environment | {"HOME": str(home)})
+    assert not list(home.rglob("*"))
 
 
 def test_refused_rows_are_counted_with_source_row_and_reason(prepare, source):
