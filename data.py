@@ -445,8 +445,8 @@ HELPSTEER = ("helpfulness", "correctness", "coherence")     # complexity and ver
 
 
 def on_ten(value, low: float, high: float) -> float | None:
-    """A rating of low..high on the scale of 1 to 10, None for what is no such rating (a reward, a
-    missing one). 3 of 1..5 is 5.5."""
+    """A rating of low..high on the scale of 1 to 10. None if the value is missing or outside its
+    scale, as rewards are. 3 of 1..5 is 5.5."""
     try:
         r = float(value)
     except (TypeError, ValueError):
@@ -783,7 +783,7 @@ class Encoded(NamedTuple):
 
 def encode(conversation: Conversation, tokenizer, template: Template, *,
            max_length: int | None = None, loss_on: str = "assistant") -> Encoded:
-    """Ids and target mask of a conversation, rendered and tokenised once.
+    """Ids and target mask of a conversation.
 
     The targets are what the assistant writes: from the end of the prompt that sampling would see,
     up to and with the end of turn. That prompt's tokens must be the beginning of the ids. loss_on
@@ -1141,14 +1141,16 @@ def prepare(sources: list[str], tokenizer, template: Template, *, max_length: in
     key = hash_of(content, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, template,
                   settings, max_examples)
     order, parts, counts, start = kept[permutation(len(kept), seed)], [], [], 0
-    while start < len(order) and (left := (max_examples or len(order)) - sum(map(len, parts))) > 0:
-        ids = order[start:start + left]
+    missing = max_examples or len(order)
+    while missing and start < len(order):
+        ids = order[start:start + missing]
         path = folder / "encoded" / f"{key}-{start}.arrow"
         part = cached_map(store.select(ids), encode_rows, path, ENCODED[pairs], num_proc,
                           tokenizer=tokenizer, template=template, **settings)
         counts.append(frame(part, "refused", *COUNTED).set_index(ids))
         parts.append(part.select(np.flatnonzero(counts[-1].refused.isna())))
         start += len(ids)
+        missing -= len(parts[-1])                           # others replace the refused ones
     counts = pandas.concat(counts)
     rows["refused"] = rows.refused.fillna(counts.refused)
     check_refused(rows.loc[counts.index], bad_rows)
@@ -1567,9 +1569,11 @@ def dedup(args):
     if args.near:
         unique = np.flatnonzero(kind == "kept")
         near, likeness[unique] = near_duplicates(rows.line[unique].tolist())
-        first[unique], kind[unique[near != np.arange(len(near))]] = unique[near], "near"
-        copies = kind == "exact"                            # of rows that are near to a third
-        likeness[copies], first[copies] = likeness[first[copies]], first[first[copies]]
+        first[unique] = unique[near]
+        kind[unique[near != np.arange(len(near))]] = "near"
+        copies = kind == "exact"                            # perhaps of a row dropped as near
+        likeness[copies] = likeness[first[copies]]
+        first[copies] = first[first[copies]]
     where = rows["where"].to_numpy()
     dropped = pandas.DataFrame({"row": where, "kept": where[first], "kind": kind,
                                 "jaccard": likeness})[kind != "kept"]
@@ -1931,9 +1935,11 @@ def parser() -> argparse.ArgumentParser:
         add = command(run)
         add("--model", default="demo", help="its tokenizer: Hub id, folder or demo")
         add("--chat-template", default="chatml", help="chatml, tokenizer or a jinja file")
-        add("--loss-on", choices=["assistant", "all"], default="assistant", help="the loss mask")
+        add("--loss-on", choices=["assistant", "all"], default="assistant",
+            help="which tokens are targets")
         add("--max-length", type=positive, default=2048, help="tokens")
-        add("--max-prompt-length", type=positive, default=512, help="prompt tokens of a cut pair")
+        add("--max-prompt-length", type=positive, default=512,
+            help="prompt tokens that truncation keeps at least")
         add("--packing", choices=["bfd", "concat", "none"], default="bfd", help="for stats")
         add("--rows", type=positive, default=3, help="rows to show")
     add = command(dedup)

@@ -117,7 +117,8 @@ class Pairs:
         """Pairs -> one Batch whose answers are y_w, y_l, y_w, .. and their (P, 2) reference."""
         groups = []
         for i in wanted:
-            x, w, l, w_mask, l_mask = (self.rows[int(i)][k].tolist() for k in PAIR_LISTS)
+            row = self.rows[int(i)]
+            x, w, l, w_mask, l_mask = (row[k].tolist() for k in PAIR_LISTS)
             groups.append(Group(x, [w, l], [w_mask, l_mask]))
         ref = None if self.ref is None else torch.from_numpy(self.ref[wanted])
         return layout(groups, share=self.share), ref
@@ -159,11 +160,14 @@ def parser():
     p.set_defaults(chat_template="tokenizer", batch_size=128, lr=5e-7, schedule="linear",
                    output="runs/dpo")
     add = p.add_argument_group("stage 2").add_argument
-    add("--beta", type=float, default=0.1, help="pull to the reference; paper: 0.01 .. 0.5")
+    add("--beta", type=float, default=0.1,
+        help="strength of the KL penalty; the paper sweeps 0.01 to 0.5")
     add("--ref", help="reference model, its tokenizer may differ; None: --model")
     add("--max-pairs", type=positive, help="the first N pairs of a seeded permutation; None: all")
-    add("--max-prompt-length", type=positive, default=512, help="prompt tokens of a cut pair")
-    add("--min-gap", type=float, help="least score difference of a pair; None: any or unscored")
+    add("--max-prompt-length", type=positive, default=512,
+        help="prompt tokens that truncation keeps at least")
+    add("--min-gap", type=float,
+        help="minimum score difference; unscored pairs are dropped; None: keep all")
     add("--no-share-prompt", action="store_true", help="x once per answer: the paper's layout")
     return p
 
@@ -249,7 +253,7 @@ def check_step_0(loss, dtype):
             "reference, or its cache was changed by hand (delete it: --cache-dir)")
 
 
-# --------------------------------------------------------- log-probs under a model that is frozen
+# ------------------------------------------------------- reference log-probs, computed once
 def frozen_logps(args, name, dataset, tokenizer) -> np.ndarray:
     """log pi(y|x) of every pair under the model `name`, (P, 2) float32 nats, from a cache or
     computed. A model with another tokenizer or template gets the same messages in its own tokens.
@@ -262,7 +266,7 @@ def frozen_logps(args, name, dataset, tokenizer) -> np.ndarray:
     template = data.set_template(own, args.chat_template)
     if (own.backend_tokenizer.to_str(), own.chat_template) != (
             tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template):
-        log(f"{name} has another tokenizer or template: it gets the messages in its own")
+        log(f"{name} has another tokenizer or chat template; encoding the pairs with it")
         dataset = in_other_tokens(args, name, dataset, own, template)
     share = not args.no_share_prompt
     pairs, new_ids = Pairs(dataset, share), own.convert_tokens_to_ids(list(template.new_tokens))
@@ -270,9 +274,9 @@ def frozen_logps(args, name, dataset, tokenizer) -> np.ndarray:
     folder = data.cache_folder(args.cache_dir) / "logps" / data.hash_of(
         data.weights_hash(name), args.dtype, "rotary fp32", backend, device().type, share, new_ids)
     known = known_logps(folder)
-    missing = [[i for i, key in enumerate(pairs.keys) if key not in known]]
-    dist.broadcast_object_list(missing)                     # another run may be writing: rank 0's
-    missing, = missing
+    from_rank_0 = [[i for i, key in enumerate(pairs.keys) if key not in known]]
+    dist.broadcast_object_list(from_rank_0)                 # another run may write meanwhile
+    missing, = from_rank_0
     log(f"log-probs under {name}: {len(missing)} of {len(pairs)} pairs are not yet in {folder}")
     if missing:
         missing.sort(key=lambda i: -pairs.tokens[i])

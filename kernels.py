@@ -10,6 +10,7 @@ the output of one module, `LogProbs`: Batch -> one log-probability per target to
     attend(q, k, v)     causal attention inside segments: flash-attn, torch varlen_attn or SDPA
     use_varlen(model)   routes a stock transformers model through `attend`, or refuses it by name
     token_logps(h, W)   logit[target] - logsumexp(logits), without an (N, V) matrix
+    sequence_logps(..)  log pi(y|x), the sum over an answer's tokens
 
 Letters: T tokens, S segments, N targets, V vocabulary, D hidden, H heads.
 

@@ -93,7 +93,7 @@ def micro_batches(tokens, limit: int, ranks: int) -> list[list[list[int]]]:
         n += 1
 
 
-# ------------------------------------------------------------------------------------ packed rows
+# ---------------------------------------------------------------------- documents as training rows
 class Packed:
     """Prepared documents in rows. tokens, targets, weights, attended: sums of each row, (R,)."""
 
@@ -167,8 +167,10 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(output="runs/sft")
     add = p.add_argument_group("stage 1").add_argument
     add("--max-examples", type=positive, help="the first N of a seeded permutation; None: all")
-    add("--packing", choices=["bfd", "concat", "none"], default="bfd", help="documents to rows")
-    add("--loss-on", choices=["assistant", "all"], default="assistant", help="the loss mask")
+    add("--packing", choices=["bfd", "concat", "none"], default="bfd",
+        help="best-fit decreasing, concatenated, or one document per row")
+    add("--loss-on", choices=["assistant", "all"], default="assistant",
+        help="which tokens are targets")
     add("--loss-norm", choices=["token", "sequence"], default="token", help="weight 1 or 1/|y|")
     add("--train-embeddings", choices=["all", "new"], default="all", help="new: special rows only")
     return p
@@ -274,7 +276,8 @@ def stage_parser(description, presets) -> argparse.ArgumentParser:
     add("--max-length", type=positive, default=2048, help="tokens per row; more are cut, counted")
     add("--empty-system", type=float, default=0.0,
         help="probability of adding an empty system turn when there is none")
-    add("--bad-rows", choices=["refuse", "stop"], default="refuse", help="count them, or stop")
+    add("--bad-rows", choices=["refuse", "stop"], default="refuse",
+        help="skip and count rows that cannot be used, or stop")
     add("--num-proc", type=positive, help="processes that prepare data; None: all cores")
     add("--cache-dir", help="prepared data, reference log-probs; None: ~/.cache/lions")
     add = p.add_argument_group("optimisation").add_argument
@@ -314,8 +317,8 @@ def parse(argv, p, presets) -> argparse.Namespace:
     p.set_defaults(**presets.get(preset := find_preset(first, presets), {}))
     args = p.parse_args(argv)
     args.preset = preset
-    print(f"preset: {preset}" if preset else f"no preset names {args.model}: see --help for the "
-          "defaults that it gets", file=sys.stderr)
+    print(f"preset: {preset}" if preset else f"no preset for --model {args.model}; using the "
+          "defaults shown by --help", file=sys.stderr)
     args.micro_tokens = args.micro_tokens or max(
         args.max_length, 16384 * torch.cuda.is_available())
     args.dtype_given = args.dtype is not None
@@ -444,8 +447,8 @@ def prepare_rows(sources, args, **settings):
     fills the cache, then the others read it."""
     if not sources:
         return None, None
-    for rank_0 in (True, False):
-        if rank_0 == (dist.get_rank() == 0):
+    for is_turn_of_rank_0 in (True, False):
+        if is_turn_of_rank_0 == (dist.get_rank() == 0):
             prepared = data.prepare(
                 sources, max_length=args.max_length, empty_system=args.empty_system, seed=args.seed,
                 bad_rows=args.bad_rows, num_proc=args.num_proc, cache_dir=args.cache_dir,
@@ -467,7 +470,7 @@ def load_model(args, tokenizer, new_ids):
     with filelock.FileLock(turn):
         model = from_pretrained(args, tokenizer).to(device())
     if new_ids:
-        old = [i for i in range(len(tokenizer)) if i not in set(new_ids)]
+        old = sorted({*range(len(tokenizer))} - {*new_ids})
         with torch.no_grad():
             for table in {model.get_input_embeddings(), model.get_output_embeddings()}:
                 table.weight[new_ids] = table.weight[old].float().mean(0).to(table.weight.dtype)
@@ -774,7 +777,7 @@ class Run:
         return {"stopped": True, "steps": step, "output": str(self.out)}
 
     def close(self):
-        """The steps are done, SIGTERM means what it meant before. Returns the last step's
+        """Close the bar and restore the previous SIGTERM handler. Returns the last step's
         metrics."""
         self.bar.close()
         signal.signal(signal.SIGTERM, self.handler)
