@@ -1701,6 +1701,7 @@ class Scorer:
     text. Texts are scored one at a time: without padding nothing depends on neighbours."""
 
     def __init__(self, name, kind, trust_remote_code=False):
+        import kernels                                      # first, see there  # noqa: F401
         import torch
         import transformers
         trust = dict(trust_remote_code=trust_remote_code)

@@ -12,17 +12,27 @@ Writes  --output: result.json, which names all that decides the number, answers-
     python evaluate.py alpaca-eval MODEL --judge-url URL            # needs alpaca_eval
     python evaluate.py openllm MODEL                                # needs lm-eval
     python evaluate.py judge RUN RUN --data PROMPTS --judge pairrm  # win rates of any models
+    python evaluate.py agree --judge JUDGE --data PAIRS             # is a judge any good?
     python evaluate.py margins BEFORE AFTER --data PAIRS
     python evaluate.py curve RUNS.. --x steps --y exact-match
     python evaluate.py report RUNS..
 
+Judges that were shut down: gpt-4-1106-preview, which is Arena-Hard v0.1's and AlpacaEval's, and
+gpt-4-0314 on 2026-03-26; gpt-4, which is MT-Bench's, on 2026-10-23. A number under another judge is
+no number of the benchmark. Compare it with numbers of the same judge alone, and look at how often
+that judge agrees with stored verdicts (`agree`).
+
 Differs from the benchmarks
  1. A game without a verdict is no battle, and counted. Arena-Hard's 2025 scoring drops its twin.
- 2. The turn that asks for a missing verdict (Arena-Hard 2024) is worded here (FINISH).
+ 2. A verdict that was cut at the judge's limit is none.
+ 3. The turn that asks for a missing verdict (Arena-Hard 2024) is worded here (FINISH).
+ 4. Arena-Hard's interval resamples questions. The original's, over battles, stands beside it.
+ 5. Style control is left out: Arena-Hard fits it over the battles of all models that it judged.
 """
 from __future__ import annotations
 
 import argparse
+import ast
 import gzip
 import importlib
 import itertools
@@ -43,14 +53,21 @@ import data
 from data import (HelpFormatter, hash_of, positive, read_growing, read_json, table, user,
                   write_json, write_lines)
 from dpo import CURVES, copy_of, frozen_logps
-from online_dpo import (ask_llm, check_judge, check_sampling, fill, judge_flags, load_judge,
-                        read_prompts, reply_keys, sample_phase, sampling_flags)
+from online_dpo import (ask_llm, check_judge, check_sampling, check_urls, fill, final_text,
+                        judge_flags, load_judge, read_prompts, refused_parts, reply_keys,
+                        request_flags, sample_phase, sampling_flags)
 from sft import (default_dtype, device, git_commit, init_distributed, plot_curves, prepare_rows,
                  run_main, torch_dtype)
 
-VARIANTS = {"v0.1": ("gpt-4-1106-preview", "gpt-4-0314"),   # judge, baseline
-            "star": ("gpt-4o-2024-05-13", "gpt-3.5-turbo-0125")}
-ARENA = "hf:lmarena-ai/arena-hard-auto/data/arena-hard-v0.1"
+ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
+SHUT_DOWN = {"gpt-4-1106-preview": "2026-03-26", ANNOTATOR: "2026-03-26",
+             "gpt-4-0314": "2026-03-26", "gpt-4": "2026-10-23"}
+VERSIONS = {  # Arena-Hard-Auto: its data, judge, tokens per verdict, parsing, baseline
+    "v0.1": ("arena-hard-v0.1", "gpt-4-1106-preview", 4096, "2024", "gpt-4-0314"),
+    "star": ("arena-hard-v0.1", "gpt-4o-2024-05-13", 4096, "2024", "gpt-3.5-turbo-0125"),
+    "v2.0": ("arena-hard-v2.0", "gpt-4.1", 16000, "2025", None)}     # a baseline per category
+PLACEHOLDERS = (("question_1", "answer_1", "answer_2"), ("QUESTION", "ANSWER_A", "ANSWER_B"))
+ARENA = "hf:lmarena-ai/arena-hard-auto/data"
 MT_BENCH = "hf:spaces/lmsys/mt-bench/data"
 ALPACA = "hf:tatsu-lab/alpaca_eval/alpaca_eval_gpt4_baseline.json"
 MT_TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
@@ -70,13 +87,14 @@ def arena_verdict(text: str, parse: str) -> str | None:
     """Arena-Hard-Auto's label in a judge's text, or None (2406.11939; its code).
 
     2024: all [[..]] of A, B, <, >, = are one label. 2025: the last [[..]] of the upper-cased text,
-    else the last [..]. "[[A>B]] .. [[B>A]]" is None in 2024, B>A in 2025."""
+    else the last [..]. last: as 2025, of what follows the judge's last thought.
+    "[[A>B]] .. [[B>A]]" is None in 2024, B>A in 2025."""
     if parse == "2024":
         labels = list(set(re.findall(r"\[\[([AB<>=]+)\]\]", text)))
         if len(labels) > 1:
             return None
     else:
-        text = text.upper()
+        text = (final_text(text) if parse == "last" else text).upper()
         labels = re.findall(r"\[\[([AB<>=]+)\]\]", text) or re.findall(r"\[([AB<>=]+)\]", text)
         labels = [MIRRORED.get(label, label) for label in labels]
     if not labels or labels[-1] not in LABELS:
@@ -84,15 +102,18 @@ def arena_verdict(text: str, parse: str) -> str | None:
     return labels[-1]
 
 
-def arena_battles(games) -> np.ndarray:
-    """(label, game) -> the candidate's battles: 1 win, 0.5 tie, 0 loss. Game 1 has A = baseline,
-    game 2 is swapped. A strong verdict is 3 battles, None is none."""
+def arena_battles(verdicts: dict, drop_twins: bool = False) -> pandas.DataFrame:
+    """{"QUESTION/GAME": label or None} -> a row per battle of the candidate: its question, and its
+    score, 1 win, 0.5 tie, 0 loss. Game 1 has A = baseline, game 2 is swapped. A strong verdict is 3
+    battles, None is none. drop_twins: it leaves out the question's other game as well."""
     battles = []
-    for label, game in games:
-        if label is not None:
+    failed = {name[:-2] for name, label in verdicts.items() if label is None and drop_twins}
+    for name, label in verdicts.items():
+        question, game = name[:-2], name[-1]
+        if label is not None and question not in failed:
             score, times = LABELS[label]
-            battles += [score if game == 2 else 1.0 - score] * times
-    return np.array(battles)
+            battles += [(question, score if game == "2" else 1.0 - score)] * times
+    return pandas.DataFrame(battles, columns=["question", "score"])
 
 
 def win_rate(outcomes) -> float | None:
@@ -103,26 +124,35 @@ def win_rate(outcomes) -> float | None:
     return float(np.mean(outcomes))
 
 
-def bootstrap(values, draws: int = 1000, seed: int = 0) -> tuple:
-    """2.5 and 97.5 percentile of the mean over resampled items. Equal values: no width. For paired
-    comparisons pass one difference per item."""
-    v, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
-    if not len(v):
+def bootstrap(values, draws: int = 1000, seed: int = 0, groups=None, level: float = 95) -> tuple:
+    """Percentiles, around the middle `level` percent, of the mean over resampled items. Equal
+    values: no width. For paired comparisons pass one difference per item. groups (n,): items of one
+    group, such as a question's battles, are drawn together."""
+    items, rng = pandas.Series(values, dtype=float), np.random.default_rng(seed)
+    if not len(items):
         return None, None
-    means = [v[rng.integers(len(v), size=len(v))].mean() for _ in range(draws)]
-    return tuple(map(float, np.percentile(means, [2.5, 97.5])))
+    items = items.groupby(items.index if groups is None else np.asarray(groups))
+    total, n = items.sum().to_numpy(), items.size().to_numpy()
+    drawn = (rng.integers(len(n), size=len(n)) for _ in range(draws))
+    means = [total[i].sum() / n[i].sum() for i in drawn]
+    return tuple(map(float, np.percentile(means, [50 - level / 2, 50 + level / 2])))
 
 
-def scored(values, draws=1000, seed=0):
+def scored(values, draws=1000, seed=0, groups=None):
     """{"score", "low", "high"}: the mean and its bootstrap interval."""
-    return dict(zip(("score", "low", "high"), (win_rate(values), *bootstrap(values, draws, seed))))
+    ends = bootstrap(values, draws, seed, groups)
+    return dict(zip(("score", "low", "high"), (win_rate(values), *ends)))
 
 
-def mt_rating(text: str) -> float | None:
+def mt_rating(text: str, parse: str = "mt-bench") -> float | None:
     """MT-Bench's rating in a judge's text (2306.05685): the first [[number]], else the first
-    [number]. "Rating: [[7.5]]" is 7.5. As in the benchmark it may lie outside 1..10."""
-    found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
-    return float(found[1]) if found else None
+    [number]. "Rating: [[7.5]]" is 7.5. As in the benchmark it may lie outside 1..10. parse "last":
+    the last one of what follows the judge's last thought."""
+    which = 0
+    if parse == "last":
+        text, which = final_text(text), -1
+    found = re.findall(r"\[\[(\d+\.?\d*)\]\]", text) or re.findall(r"\[(\d+\.?\d*)\]", text)
+    return float(found[which]) if found else None
 
 
 def quadratic_fit(x, y, draws: int = 1000) -> dict:
@@ -154,13 +184,6 @@ def quadratic_fit(x, y, draws: int = 1000) -> dict:
     return fit
 
 
-def rank_correlation(x, y) -> float | None:
-    """Spearman's; None below 3 points or if one is constant. (1, 2, 3) with (3, 1, 2): -0.5."""
-    both = pandas.DataFrame({"x": x, "y": y}, dtype=float).dropna()
-    rho = both.rank().corr(min_periods=3).iloc[0, 1]
-    return None if np.isnan(rho) else float(rho)
-
-
 # ------------------------------------------------------------------------ files of the benchmarks
 def read_rows(name, flag) -> list[dict]:
     """Objects of a .jsonl, .jsonl.gz, .json or .yaml file, or of hf:OWNER/NAME/PATH on the Hub
@@ -176,11 +199,28 @@ def read_rows(name, flag) -> list[dict]:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
             if path.endswith((".jsonl", ".jsonl.gz")):
                 return [json.loads(line) for line in f if line.strip()]
+            if path.endswith(".py"):
+                return [python_constants(f.read())]
             content = json.load(f) if path.endswith(".json") else yaml.safe_load(f)
         return content if isinstance(content, list) else [content]
     except Exception as error:                              # many kinds, one way out
         raise ValueError(f"{flag} {name}: cannot be read ({type(error).__name__}: {error}); "
                          f"download it and name the file with {flag}") from None
+
+
+def python_constants(source: str) -> dict:
+    """The constants of a Python file, which is read, not run: strings, numbers, dicts, and names of
+    earlier ones."""
+    known = {}
+
+    def value(node):
+        if isinstance(node, ast.Dict):
+            return {value(k): value(v) for k, v in zip(node.keys, node.values)}
+        return known[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign):
+            known[node.targets[0].id] = value(node.value)
+    return known
 
 
 def key_of(row):
@@ -245,7 +285,8 @@ def sample_answers(args, folder, requests) -> list[dict]:
             for messages, t in requests]
     if args.dry_run:
         answers = {a["key"]: a for a in read_growing(folder, "answers")}
-        longest = dict(text="x" * 4 * args.max_new_tokens, finished=True)
+        longest = dict(text="x" * 4 * args.max_new_tokens, finished=True,
+                       tokens=args.max_new_tokens)
         return [answers.get(key, longest) for key in keys]
     answers = {}
     for temperature in sorted({t for _, t in requests}):
@@ -258,14 +299,13 @@ def sample_answers(args, folder, requests) -> list[dict]:
     return [answers[key] for key in keys]
 
 
-def candidate_answers(args, folder, questions, temperature) -> tuple[dict, dict]:
-    """--answers, or the model's own, turn after turn: id -> texts; and counts of empty and
-    truncated ones. temperature: question -> its own."""
-    answers, truncated = {q["id"]: [] for q in questions}, 0
+def candidate_answers(args, folder, questions, temperature, clean=str) -> tuple[dict, dict]:
+    """--answers, or the model's own, turn after turn: id -> texts; and their counts and lengths.
+    temperature: question -> its own. clean: of a sampled text, before the next turn."""
+    answers, sampled = {q["id"]: [] for q in questions}, []
     n_turns = max(len(q["turns"]) for q in questions)
     if args.answers:
-        answers, truncated = read_answers(args.answers, "--answers", questions), None
-        n_turns = 0
+        answers, n_turns = read_answers(args.answers, "--answers", questions), 0
     for turn in range(n_turns):
         now, requests = [q for q in questions if turn < len(q["turns"])], []
         for q in now:
@@ -273,10 +313,16 @@ def candidate_answers(args, folder, questions, temperature) -> tuple[dict, dict]
             exchanges = [data.ask(question, answer) for question, answer in zip(q["turns"], said)]
             requests.append((sum(exchanges, [])[:-1], temperature(q)))
         for q, a in zip(now, sample_answers(args, folder, requests)):
-            answers[q["id"]].append(a["text"])
-            truncated += not a["finished"]
-    empty = sum(not text.strip() for text in itertools.chain(*answers.values()))
-    return answers, {"empty_answers": empty, "truncated_answers": truncated}
+            answers[q["id"]].append(clean(a["text"]))
+            sampled.append(a)
+    texts = list(itertools.chain(*answers.values()))
+    counts = {"empty_answers": sum(not text.strip() for text in texts),
+              "mean_answer_characters": float(np.mean([len(text) for text in texts]))}
+    if sampled:
+        counts |= {"truncated_answers": sum(not a["finished"] for a in sampled),
+                   "mean_answer_tokens": float(np.mean([a["tokens"] for a in sampled])),
+                   "model_refused_parts": refused_parts(sampled)}
+    return answers, counts
 
 
 def judged(args, folder, calls, parse, follow_up=None) -> tuple[dict, dict]:
@@ -286,19 +332,34 @@ def judged(args, folder, calls, parse, follow_up=None) -> tuple[dict, dict]:
     if args.dry_run:
         return {}, dry_run(args, folder, calls, settings)
     replies = ask_llm(args, args.judge, calls, folder, **settings)
-    texts = {name: reply or "" for name, reply in replies.items()}
+    records = list(replies.values())
+    texts = {name: record["reply"] or "" for name, record in replies.items()}
     if follow_up:
         second = {f"{name}+": [*calls[name], data.assistant(text), user(follow_up)]
                   for name, text in texts.items()
                   if text and not re.search(r"\[\[[AB<>=]+\]\]", text)}
-        for name, reply in ask_llm(args, args.judge, second, folder, **settings).items():
-            texts[name[:-1]] += "\n" + (reply or "")
+        for name, record in ask_llm(args, args.judge, second, folder, **settings).items():
+            texts[name[:-1]] += "\n" + (record["reply"] or "")
+            records.append(record)
+            replies[name[:-1]] = record
     verdicts = {name: parse(text) for name, text in texts.items()}
-    counts = {"calls": len(calls), "failed": list(replies.values()).count(None),
-              "unparsed": list(verdicts.values()).count(None)}
+    unfinished = [name for name, r in replies.items() if not r.get("finished", True)]
+    verdicts |= dict.fromkeys(unfinished)                   # whatever marks they contain
+    counts = {"calls": len(calls), "failed": sum(r["reply"] is None for r in records),
+              "unfinished": len(unfinished), "unparsed": list(verdicts.values()).count(None),
+              "judge_refused_parts": refused_parts(records)}
     print(f"{counts}: an unparsed verdict is neither win nor loss; the same command asks failed "
           "requests again", file=sys.stderr)
     return verdicts, counts
+
+
+def about_judge(judge, usual) -> dict:
+    """What a result says of its judge."""
+    gone = SHUT_DOWN.get(judge)
+    if gone:
+        print(f"--judge {judge} was shut down on {gone}: name a judge that exists",
+              file=sys.stderr)
+    return {"judge": judge, "judge_is_the_benchmarks": judge == usual, "judge_shut_down": gone}
 
 
 def dry_run(args, folder, calls, settings):
@@ -339,45 +400,89 @@ def judge_call(template, values, where) -> list[dict]:
     return [{"role": "system", "content": template["system_prompt"]}, user(text)]
 
 
-def arena_hard(args):
-    """Arena-Hard-Auto v0.1, or the paper's Arena-Hard-Auto*: two swapped games against a
-    baseline."""
-    folder, questions = output_folder(args), read_questions(args)
-    usual_judge, usual_baseline = VARIANTS[args.variant]
-    args.judge, args.baseline = args.judge or usual_judge, args.baseline or usual_baseline
-    template, = read_rows(args.templates, "--templates")
-    baseline = args.baseline_answers or f"{ARENA}/model_answer/{args.baseline}.jsonl"
-    theirs = read_answers(baseline, "--baseline-answers", questions)
-    mine, counts = candidate_answers(args, folder, questions, lambda q: 0.0)
+def arena_templates(args, questions) -> dict:
+    """category -> {"prompt_template", "system_prompt", "baseline"}, from the benchmark's files: the
+    judge_config.yaml of 2024, or today's config and judge_utils.py. Placeholders of both years."""
+    template = {}
+    for name in args.templates:
+        template |= read_rows(name, "--templates")[0]
+    known, templates = template.pop("JUDGE_SETTINGS", {}), {}
+    for category in {q["category"] for q in questions}:
+        own = template | known.get(category, {})
+        own["baseline"] = args.baseline or own.get("baseline")
+        if not {"prompt_template", "system_prompt"} <= own.keys() or not own["baseline"]:
+            raise ValueError(f"--templates {' '.join(args.templates)}: no prompt_template, "
+                             f"system_prompt or baseline of category {category}; name the config "
+                             "and judge_utils.py of the benchmark")
+        templates[category] = own
+    return templates
+
+
+def arena_calls(questions, mine, theirs, templates, where) -> dict:
+    """{"QUESTION/GAME": messages} of both games. Game 1: A is the baseline."""
     calls = {}
     for q in questions:
         a, b = theirs[q["id"]][0], mine[q["id"]][0]
-        for game, answers in ((1, (a, b)), (2, (b, a))):    # 1: A is the baseline
-            values = dict(zip(("question_1", "answer_1", "answer_2"), (q["turns"][0], *answers)))
-            calls[f"{q['id']}/{game}"] = judge_call(template, values, args.templates)
+        for game, (first, second) in ((1, (a, b)), (2, (b, a))):
+            values, texts = {}, (q["turns"][0], first, second)
+            for names in PLACEHOLDERS:
+                values |= zip(names, texts)
+            calls[f"{q['id']}/{game}"] = judge_call(templates[q["category"]], values, where)
+    return calls
+
+
+def arena_hard(args):
+    """Arena-Hard-Auto v0.1 or v2.0, or the paper's Arena-Hard-Auto* (star): two swapped games
+    against a baseline. The judge of v0.1 was shut down on 2026-03-26."""
+    name, usual_judge, max_tokens, parse, baseline = VERSIONS[args.version]
+    args.judge, args.parse = args.judge or usual_judge, args.parse or parse
+    args.judge_max_tokens = args.judge_max_tokens or max_tokens
+    args.baseline, args.questions = (args.baseline or baseline,
+                                     args.questions or f"{ARENA}/{name}/question.jsonl")
+    folder, questions = output_folder(args), read_questions(args)
+    templates, theirs = arena_templates(args, questions), {}
+    for baseline in sorted({t["baseline"] for t in templates.values()}):
+        file = fill(args.baseline_answers or f"{ARENA}/{name}/model_answer/{{baseline}}.jsonl",
+                    {"baseline": baseline}, "--baseline-answers")
+        of = [q for q in questions if templates[q["category"]]["baseline"] == baseline]
+        theirs |= read_answers(file, "--baseline-answers", of)
+    mine, counts = candidate_answers(args, folder, questions, lambda q: 0.0)
+    calls = arena_calls(questions, mine, theirs, templates, " ".join(args.templates))
     verdicts, more = judged(args, folder, calls, lambda text: arena_verdict(text, args.parse),
                             FINISH if args.parse == "2024" else None)
     if args.dry_run:
         return more
     write_json(folder / "games.json", verdicts)
-    battles = arena_battles([(label, int(name[-1])) for name, label in verdicts.items()])
-    return finish(args, folder, counts | more | scored(100 * battles, 100, args.seed) | {
-        "benchmark": "arena-hard-auto-v0.1" + ("*" if args.variant == "star" else ""),
-        "model": args.model or args.answers, "judge": args.judge, "baseline": args.baseline,
-        "parse": args.parse, "template": hash_of(template), "battles": len(battles),
-        "questions": len(questions)})
+    battles = arena_battles(verdicts, drop_twins=args.parse == "2025")
+    categories = {q["id"]: q["category"] for q in questions}
+    battles["category"] = battles.question.map(categories)
+    by_category = {category: scored(100 * part.score, 1000, args.seed, part.question)
+                   for category, part in battles.groupby("category")}
+    level = 90 if args.parse == "2025" else 95              # the original's, over battles
+    original = bootstrap(100 * battles.score, 100, args.seed, level=level)
+    if args.version == "star":
+        name += "*"
+    if args.limit:
+        name += f", first {len(questions)} questions"
+    about = {"benchmark": name, "parse": args.parse,
+             "model": args.model or args.answers, "baseline": args.baseline,
+             "template": hash_of(templates), "battles": len(battles),
+             "questions": len(questions), "categories": by_category,
+             "original_interval": original, "original_level": level, "style_control": None}
+    score = scored(100 * battles.score, 1000, args.seed, battles.question)
+    return finish(args, folder, counts | more | score | about | about_judge(args.judge,
+                                                                            usual_judge))
 
 
 def mt_bench(args):
-    """MT-Bench: two turns, each graded alone on 1 to 10, some against a reference."""
+    """MT-Bench: two turns, each graded alone on 1 to 10, some against a reference. Its judge,
+    gpt-4, was shut down on 2026-10-23."""
     folder, questions = output_folder(args), read_questions(args)
     templates = {r["name"]: r for r in read_rows(args.templates, "--templates")}
-    referenced = {key_of(r) for r in read_rows(args.references, "--references")}
-    needed = ("math", "reasoning", "coding")
     references = read_answers(args.references, "--references", [
-        q for q in questions if q["id"] in referenced or q["category"] in needed])
-    answers, counts = candidate_answers(args, folder, questions,
-                                        lambda q: MT_TEMPERATURE.get(q["category"], 0.7))
+        q for q in questions if q["category"] in ("math", "reasoning", "coding")])
+    answers, counts = candidate_answers(
+        args, folder, questions, lambda q: MT_TEMPERATURE.get(q["category"], 0.7), str.strip)
     calls, rows = {}, []
     for q in questions:
         values = {"question": q["turns"][0], "answer": answers[q["id"]][0]}
@@ -390,24 +495,25 @@ def mt_bench(args):
                 kind += "-multi-turn"
             calls[f"{q['id']}/{n}"] = judge_call(templates[kind], values, args.templates)
             rows.append({"id": q["id"], "category": q["category"], "turn": f"turn {n}"})
-    ratings, more = judged(args, folder, calls, mt_rating)
+    ratings, more = judged(args, folder, calls, lambda text: mt_rating(text, args.parse))
     if args.dry_run:
         return more
     write_json(folder / "ratings.json", ratings)
     rows = pandas.DataFrame(rows).assign(rating=pandas.Series(ratings.values(), dtype=float))
-    groups = [rows.groupby(column, sort=False).rating for column in ("category", "turn")]
-    means = pandas.concat([group.mean() for group in groups])
-    means = {k: None if np.isnan(v) else v for k, v in means.items()}
-    score = scored(rows.groupby("id", sort=False).rating.mean().dropna(), 1000, args.seed)
-    score["score"] = win_rate(rows.rating.dropna())
+    groups = pandas.concat([rows.set_index("category").rating, rows.set_index("turn").rating])
+    means = groups.groupby(level=0, sort=False).mean().astype(object)
+    means = means.where(means.notna(), None).to_dict()
+    rated = rows.dropna(subset="rating")
+    score = scored(rated.rating, 1000, args.seed, rated.id)
     bars = {k: v or 0.0 for k, v in (means | {"overall": score["score"]}).items()}
     data.figure(folder / "mt-bench.png", [
         {"xlabel": "MT-Bench rating", "xlim": (0, 10), "series": bars}])
     return finish(args, folder, counts | more | score | {
-        "benchmark": "mt-bench", "model": args.model or args.answers, "judge": args.judge,
-        "baseline": None, "parse": "mt-bench", "template": hash_of(templates), "categories": means,
+        "benchmark": "mt-bench", "model": args.model or args.answers, "baseline": None,
+        "parse": args.parse, "template": hash_of(templates), "categories": means,
         "questions": len(questions), "with_reference": len(references),
-        "out_of_scale": int((~rows.rating.dropna().between(1, 10)).sum())})
+        "out_of_scale": int((~rated.rating.between(1, 10)).sum())}
+        | about_judge(args.judge, "gpt-4"))
 
 
 def needs(package, install):
@@ -420,7 +526,8 @@ def needs(package, install):
 
 def alpaca_eval(args):
     """AlpacaEval-2: outputs in its format; the alpaca_eval package annotates and computes win
-    rates."""
+    rates, their standard errors and the mean length. The default annotator's judge,
+    gpt-4-1106-preview, was shut down on 2026-03-26."""
     package = needs("alpaca_eval", 'alpaca_eval==0.6.6 "setuptools<81"')
     folder, questions = output_folder(args), read_questions(args)
     answers, counts = candidate_answers(args, folder, questions, lambda q: args.temperature)
@@ -444,9 +551,22 @@ def alpaca_eval(args):
     row = json.loads(board.loc[name].to_json())
     preferences = pandas.Series([a.get("preference") for a in annotations], dtype=float)
     return finish(args, folder, counts | row | {
-        "benchmark": "alpaca-eval-2", "model": args.model or args.answers, "judge": args.annotator,
+        "benchmark": "alpaca-eval-2", "model": args.model or args.answers,
         "baseline": reference[0].get("generator"), "questions": len(questions),
-        "unparsed": int(preferences.isna().sum()), "score": row[metric]})
+        "unparsed": int(preferences.isna().sum()), "score": row[metric],
+        "stderr": row.get("lc_standard_error", row.get("standard_error"))}
+        | about_judge(args.annotator, ANNOTATOR))
+
+
+def subject_scores(results: dict, task: str, metric: str) -> dict[str, float]:
+    """The metric of each subject of a group task such as MMLU; {} of a plain task. The leaderboard
+    takes their plain mean. The harness weighs subjects by their questions."""
+    members = results.get("group_subtasks", {}).get(task, [])
+    scores = {}
+    for member in members:
+        scores |= subject_scores(results, member, metric) or {
+            member: 100 * results["results"][member][metric]}
+    return scores
 
 
 def openllm(args):
@@ -471,7 +591,12 @@ def openllm(args):
         metric = metric or next(k for k in values if "," in k and "_stderr" not in k)
         tasks[name] = {"score": 100 * values[metric], "metric": metric, "shots": shots,
                        "stderr": 100 * values.get(metric.replace(",", "_stderr,"), math.nan)}
-    print(table([{"task": name} | of for name, of in tasks.items()]), file=sys.stderr)
+        subjects = subject_scores(results, name, metric)
+        if subjects:
+            tasks[name] |= {"score": win_rate(list(subjects.values())),
+                            "by_question": 100 * values[metric], "subjects": subjects}
+    shown = pandas.DataFrame(tasks).T.drop(columns="subjects", errors="ignore")
+    print(table(shown.reset_index(names="task")), file=sys.stderr)
     return finish(args, folder, {
         "benchmark": "openllm" if args.tasks else "openllm-v1", "model": args.model, "tasks": tasks,
         "score": win_rate([of["score"] for of in tasks.values()]), "lm_eval": lm_eval.__version__})
@@ -515,6 +640,76 @@ def judge(args):
     return finish(args, folder, {"models": args.runs, "judge": args.judge, "data": key,
                                  "win_rates": rates, "prompts": len(rows),
                                  "truncated_answers": truncated})
+
+
+def both_orders(judge, rows) -> np.ndarray:
+    """(n, 2): how far the answer shown first wins, for a row's two answers as they are and swapped.
+    NaN: no verdict."""
+    if judge.compare:
+        return np.reshape(judge.compare(rows), (-1, 2))
+    swapped = [row | {"answers": row["answers"][::-1]} for row in rows]
+    return np.stack([-np.diff(judge(part))[:, 0] for part in (rows, swapped)], axis=1)
+
+
+def agreement(orders, gap, longer, prompts, bins: int = 5) -> dict:
+    """A judge against stored verdicts, in percent, with intervals that resample prompts.
+
+    orders (n, 2): how far the preferred answer wins, shown first, and how far the other one wins,
+    shown first. gap (n,): their stored scores' difference, or NaN. longer (n,): characters that the
+    preferred answer has more. prompts (n,): names. A judge agrees if both orders together favour
+    the preferred answer; a tie is a half. orders (1, -1), (1, 1): 100 and 50, so 75; one of two is
+    consistent."""
+    first = np.sign(np.nan_to_num(orders))                  # 1: the answer shown first wins
+    favours = np.sign(first[:, 0] - first[:, 1])
+    t = pandas.DataFrame({"score": 50 * (1 + favours), "gap": gap, "longer": longer,
+                          "prompt": prompts})
+    parts = {"all": t, "the preferred one is longer": t[t.longer > 0],
+             "the preferred one is shorter": t[t.longer < 0]}
+    rated = t.dropna(subset="gap").sort_values("gap", kind="stable")
+    for part in np.array_split(np.arange(len(rated)), bins):
+        part = rated.iloc[part]
+        if len(part):
+            name = f"score difference {part.gap.min():.2f} to {part.gap.max():.2f}"
+            parts[name] = part
+    rows = [{"pairs": name, "n": len(part), "difference": part.gap.mean()}
+            | scored(part.score, groups=part.prompt) for name, part in parts.items()]
+    figures = {"consistent over both orders": (first[:, 0] == -first[:, 1]).mean(),
+               "prefers the first": (1 + first).mean() / 2,
+               "prefers the longer": (1 + favours * np.sign(t.longer)).mean() / 2,
+               "stored verdicts prefer the longer": (1 + np.sign(t.longer)).mean() / 2}
+    return {"rows": rows, "percent": {name: float(100 * v) for name, v in figures.items()},
+            "unparsed": int(np.isnan(orders).sum()), "pairs": len(t)}
+
+
+def agree(args):
+    """How often a judge prefers the answer that stored verdicts prefer, on rated pairs: in all, by
+    score difference, over both orders, and by length. Look here before you believe a judge."""
+    check_judge(args)
+    folder, rows = output_folder(args), data.read_rows(args)
+    args.output = str(folder)
+    gap = rows.score_chosen - rows.score_rejected
+    rows, n = rows.assign(gap=gap)[~(gap <= 0)], len(rows)
+    print(f"{n - len(rows)} of {n} pairs have equal or reversed scores and are left out")
+    rows = rows.iloc[data.permutation(len(rows), args.seed)[:args.limit]]
+    duels, prompts, longer = [], [], []
+    for key, line in zip(rows.key, rows.line):
+        pair = json.loads(line)
+        texts = [pair[side][-1]["content"] for side in ("chosen", "rejected")]
+        duels.append({"key": key, "prompt": pair["prompt"], "answer": pair.get("answer"),
+                      "answers": [{"text": text, "finished": True} for text in texts]})
+        prompts.append(json.dumps(pair["prompt"]))
+        longer.append(len(texts[0]) - len(texts[1]))
+    result = agreement(both_orders(load_judge(args), duels), rows.gap.to_numpy(), longer, prompts)
+    t = pandas.DataFrame(result["rows"])
+    bins = t.iloc[3:]
+    data.figure(folder / "agree.png", [
+        {"series": {"95% intervals": (bins.difference, bins.score, "o-", abs(
+            bins[["low", "high"]].T - bins.score))}, "xlabel": "difference of the stored scores",
+         "ylabel": "agreement (%)", "ylim": (0, 100), "title": args.judge},
+        {"series": result["percent"], "xlim": (0, 100), "xlabel": "% of pairs"}])
+    print(f"{table(t)}\n{table([result['percent']])}", file=sys.stderr)
+    everything = {k: result["rows"][0][k] for k in ("score", "low", "high")}
+    return finish(args, folder, result | everything | {"judge": args.judge, "data": args.data})
 
 
 def name_of(folder):
@@ -727,12 +922,22 @@ def benchmark_flags(add, questions, max_new_tokens, judge=None):
     judge_flags(add, judge)
 
 
-def verdict_flags(add, max_tokens):
-    add("--templates", default=f"{MT_BENCH}/judge_prompts.jsonl", help="the benchmark's own")
+def verdict_flags(add, max_tokens, parses, parse=None):
+    add("--parse", choices=parses, default=parse, help="last: the last mark of the judge's final "
+        "text; else the benchmark's own rule; None: the version's")
     add("--judge-temperature", type=float, default=0.0, help="of verdicts")
     add("--judge-max-tokens", type=positive, default=max_tokens, help="tokens per verdict at most")
     add("--dry-run", action="store_true", help="count calls, tokens and cost; send nothing")
     add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="per million tokens")
+
+
+def agree_flags(add):
+    add("--data", nargs="+", default=["demo-pairs:test"], help="pairs, as for --data of dpo.py")
+    add("--limit", type=positive, help="N pairs, drawn by a fixed seed; None: all")
+    add("--num-proc", type=positive, help="processes that prepare data; None: all cores")
+    add("--cache-dir", help="prepared data; None: ~/.cache/lions")
+    judge_flags(add, "pairrm")
+    request_flags(add)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -752,21 +957,24 @@ def parser() -> argparse.ArgumentParser:
         return c.add_argument
 
     add = command(arena_hard)
-    benchmark_flags(add, f"{ARENA}/question.jsonl", 4096)
-    verdict_flags(add, 4096)
-    add("--variant", choices=list(VARIANTS), default="v0.1", help="star: the paper's, for studies")
-    add("--parse", choices=["2024", "2025"], default="2024", help="all labels agree, or the last")
-    add("--baseline", help="its name; None: the variant's")
-    add("--baseline-answers", help="FILE or hf:..; None: the benchmark's")
+    benchmark_flags(add, None, 4096)
+    verdict_flags(add, None, ["2024", "2025", "last"])
+    add("--version", choices=list(VERSIONS), default="v0.1", help="star: the paper's, for studies")
+    add("--templates", nargs="+", default=[], help="judge_config.yaml of 2024, or today's "
+        "arena-hard-v..yaml and judge_utils.py")
+    add("--baseline", help="its name; None: the version's")
+    add("--baseline-answers", help="FILE or hf:.., with {baseline} for its name; None: the "
+        "benchmark's")
     add = command(mt_bench)
     benchmark_flags(add, f"{MT_BENCH}/mt_bench/question.jsonl", 1024, "gpt-4")
-    verdict_flags(add, 2048)
+    verdict_flags(add, 2048, ["mt-bench", "last"], "mt-bench")
+    add("--templates", default=f"{MT_BENCH}/judge_prompts.jsonl", help="the benchmark's own")
     add("--references", help="answers of the reference",
         default=f"{MT_BENCH}/mt_bench/reference_answer/gpt-4.jsonl")
     add = command(alpaca_eval, dry_run=False)
     benchmark_flags(add, ALPACA, 2048)
     add("--reference-outputs", help="the baseline's outputs; None: those of --questions")
-    add("--annotator", default="weighted_alpaca_eval_gpt4_turbo", help="a config of the package")
+    add("--annotator", default=ANNOTATOR, help="a config of the package")
     add("--length-controlled", action=argparse.BooleanOptionalAction, default=True,
         help="needs the Hub")
     add = command(openllm)
@@ -781,6 +989,8 @@ def parser() -> argparse.ArgumentParser:
     add("--data", nargs="+", default=["demo:test"], help="prompts, as for --data of the stages")
     answer_flags(add, 2048)
     judge_flags(add, "pairrm")
+    add = command(agree, pairs=True, seed=42)
+    agree_flags(add)
     add = command(stages, "*", **sampled)
     add("--data", nargs="+", default=["demo:test"], help="prompts with reference answers")
     add("--pairs", nargs="+", default=["demo-pairs:test"], help="pairs for margins")
@@ -804,11 +1014,7 @@ def check_flags(args):
         raise ValueError("MODEL: needed, a folder or Hub id; or --answers FILE")
     if hasattr(args, "answers") and not (args.judge_url or args.dry_run):
         raise ValueError("--judge-url: needed, the judge's endpoint (https://api.openai.com/v1)")
-    for flag in ("judge_url", "base_url"):
-        url = getattr(args, flag, None)
-        if url and not re.fullmatch(r"https?://[^/?@\s]+(/[^?@\s]*)?", url):
-            raise ValueError(f"--{flag.replace('_', '-')} {url}: must be http(s)://HOST[/PATH], "
-                             "without user, password or query; keys are in the environment")
+    check_urls(args)
     if hasattr(args, "serve"):
         check_sampling(args)
     if hasattr(args, "judge_url") and int(os.environ.get("WORLD_SIZE", 1)) > 1:

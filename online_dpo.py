@@ -26,6 +26,7 @@ Step 0 of each iteration's training: loss ln 2 = 0.6931. The demo ends near 0.78
 """
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import gc
@@ -41,8 +42,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,6 +135,7 @@ class Answer(NamedTuple):
     text: str                      # without the end of turn; other special tokens are shown
     tokens: int                    # as sampled, with the end of turn
     finished: bool                 # False: max_new_tokens came first
+    refused: tuple = ()            # parts of the request that a server did not take
 
 
 def stop_tokens(generation_config) -> set[int]:
@@ -334,53 +336,216 @@ def sample_locally(args, policy, tokenizer, template, prompts, wanted, seeds):
     if softcap and args.batching == "continuous":
         raise ValueError("--batching continuous: transformers' paged attention ignores the "
                          f"soft-capping of {policy}; use --batching padded")
-    sample = sample_responses
+    sample, rows = sample_responses, args.sampling_rows
+    if rows is None:
+        rows = 256 if device().type == "cuda" else 64
     if args.batching == "continuous" or (
             args.batching is None and device().type == "cuda" and not softcap):
         sample = sample_continuously
     return sample(model, tokenizer, prompts, wanted, args.max_new_tokens, seeds=seeds,
-                  temperature=args.temperature, top_p=args.top_p, rows=args.sampling_rows)
+                  temperature=args.temperature, top_p=args.top_p, rows=rows)
 
 
 # ---------------------------------------------------------------------- OpenAI-compatible servers
-def client(url, args, key):
-    """A client of the `openai` package; `key` names the environment variable with the API key."""
-    try:
-        import openai
-    except ImportError:
-        raise ValueError("a server needs the openai package: pip install openai==3.57.0") from None
-    return openai.OpenAI(base_url=url, api_key=os.environ.get(key, "").strip() or "none",
-                         timeout=args.timeout, max_retries=args.retries)
+FINISHED = ("stop", "eos", "eos_token", "stop_sequence", "end_turn", None)
+REFUSED = (400, 413, 422)          # HTTP statuses of a request that no retry will mend
+STOPPING = (301, 302, 303, 307, 308, 401, 402, 403, 404)       # of a wrong URL, key or model name
+LONGEST_REPLY = 16 * 2 ** 20       # bytes
+# Parts of a request that some servers refuse, in the order of giving them up, and how their errors
+# name them. max_tokens becomes max_completion_tokens, the system turn a part of the user's.
+DISPENSABLE = {"top_p": "top_p", "seed": "seed", "temperature": "temperature",
+               "max_tokens": "max_tokens", "system": "roles?|(system|developer) instruction"}
 
 
-def chat(openai_client, **request) -> tuple[str, int, bool]:
-    """One chat completion: (text, tokens, finished). A reply without text is empty and
-    unfinished."""
+class Reply(NamedTuple):
+    text: str
+    tokens: int                    # 0: the server does not say
+    finished: bool
+    refused: tuple = ()            # the parts of DISPENSABLE that the server did not take
+
+
+def check_urls(args):
+    """ValueError for a URL that is no endpoint; a proxy in the environment is named."""
+    for flag in ("judge_url", "base_url"):
+        url, name = getattr(args, flag, None), flag.replace("_", "-")
+        if url and not re.fullmatch(r"https?://[^/?@\s]+(/[^?@\s]*)?", url):
+            raise ValueError(f"--{name} {url}: must be http(s)://HOST[/PATH], without user, "
+                             "password or query; keys are in the environment")
+        proxy = url and proxy_of(url)
+        if proxy:
+            print(f"--{name} {url}: requests go through the environment's proxy "
+                  f"{proxy.rpartition('@')[2]}", file=sys.stderr)
+
+
+def proxy_of(url):
+    """The environment's proxy for a URL. This machine's own servers need none."""
+    host = urllib.parse.urlsplit(url)
+    if host.hostname in ("localhost", "127.0.0.1") or urllib.request.proxy_bypass(host.netloc):
+        return None
+    return urllib.request.getproxies().get(host.scheme)
+
+
+class Endpoint:
+    """An OpenAI-compatible server. key: the environment variable that holds its API key."""
+
+    def __init__(self, url, args, key):
+        try:
+            import httpx2
+            import openai
+        except ImportError:
+            raise ValueError("a server needs the openai package: pip install openai==3.57.0"
+                             ) from None
+
+        class Bounded(httpx2.AsyncHTTPTransport):
+            """--timeout bounds a whole request. httpx2's own timeout bounds each read."""
+
+            async def handle_async_request(self, request):
+                try:
+                    return await asyncio.wait_for(self.whole(request), args.timeout)
+                except asyncio.TimeoutError:
+                    raise httpx2.ReadTimeout("no whole reply in time", request=request) from None
+
+            async def whole(self, request):
+                response, body = await super().handle_async_request(request), bytearray()
+                try:
+                    async for part in response.stream:
+                        body += part
+                        if len(body) > LONGEST_REPLY:
+                            raise httpx2.ReadError("a reply above 16 MiB", request=request)
+                finally:
+                    await response.aclose()
+                return httpx2.Response(response.status_code, headers=response.headers,
+                                       content=bytes(body), request=request)
+        limits = httpx2.Limits(max_connections=args.concurrency)
+        http = httpx2.AsyncClient(transport=Bounded(proxy=proxy_of(url), limits=limits))
+        self.url, self.key = url, os.environ.get(key, "").strip() or "none"
+        self.refused = set()
+        self.openai = openai.AsyncOpenAI(base_url=url, api_key=self.key, timeout=args.timeout,
+                                         max_retries=args.retries, http_client=http)
+
+    def without_key(self, text):
+        """An error's text without the key. A placeholder such as EMPTY is hidden as a key alone."""
+        if len(self.key) < 8:
+            return text.replace(f"Bearer {self.key}", "Bearer [key]")
+        return text.replace(self.key, "[key]")
+
+
+def without(request: dict, name: str) -> dict:
+    """The request without a part of DISPENSABLE."""
+    request = dict(request)
+    if name == "max_tokens":
+        request["max_completion_tokens"] = request.pop("max_tokens")
+    elif name == "system":
+        system, first, *rest = request["messages"]
+        text = f"{system['content']}\n\n{first['content']}"
+        request["messages"] = [data.user(text), *rest]
+    else:
+        del request[name]
+    return request
+
+
+def parts_of(request) -> list[str]:
+    """The parts of DISPENSABLE that a request has."""
+    roles = {message["role"] for message in request["messages"]}
+    return [name for name in DISPENSABLE if name in request or name in roles]
+
+
+async def post(server, request, refused=()) -> tuple[bytes, tuple]:
+    """The body of the reply, and what the server refused. A 400 or 422 that names a part of
+    DISPENSABLE is answered by the request without it."""
     import openai
+    badly = openai.BadRequestError, openai.UnprocessableEntityError
     try:
-        reply = openai_client.chat.completions.create(**request)
-    except openai.OpenAIError as error:                     # some servers repeat the key
-        error.args = str(error).replace(openai_client.api_key, "[key]"),
+        reply = await server.openai.chat.completions.with_raw_response.create(**request)
+        return reply.content, refused
+    except badly as error:
+        named = [name for name in parts_of(request)
+                 if re.search(rf"\b({DISPENSABLE[name]})\b", str(error), re.IGNORECASE)]
+        if not named:
+            raise
+        try:
+            return await post(server, without(request, named[0]), (*refused, named[0]))
+        except badly:                                       # the named part was not the cause
+            raise error from None
+
+
+def text_of_parts(content) -> str | None:
+    """A reply's text: a string, the texts of a list's parts, or None."""
+    if isinstance(content, list):
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else None
+
+
+def read_reply(body: bytes) -> tuple[str, int, bool]:
+    """(text, tokens, finished) of a chat completion. One without text is empty and unfinished."""
+    try:
+        reply = json.loads(body)
+        choice, usage = reply["choices"][0], reply.get("usage")
+        text = text_of_parts(choice["message"].get("content"))
+        finished = text is not None and choice.get("finish_reason") in FINISHED
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"no chat completion: {body[:300].decode(errors='replace')}") from None
+    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else 0
+    if not isinstance(tokens, int | float) or not 0 <= tokens < 1e7:
+        tokens = 0
+    return text or "", int(tokens), finished
+
+
+async def chat(server, **request) -> Reply:
+    """One chat completion. What the server refused once is left out from then on."""
+    import openai
+    known = [name for name in parts_of(request) if name in server.refused]
+    for name in known:
+        request = without(request, name)
+    try:
+        body, refused = await post(server, request)
+        server.refused.update(refused)
+        return Reply(*read_reply(body), (*known, *refused))
+    except (openai.OpenAIError, ValueError) as error:
+        error.args = server.without_key(str(error)),
         raise
-    try:
-        choice, usage = reply.choices[0], reply.usage
-        text, tokens = choice.message.content, int(usage and usage.completion_tokens or 0)
-        finished = text is not None and choice.finish_reason not in ("length", "content_filter")
-        return "" + (text or ""), tokens, finished
-    except (AttributeError, IndexError, TypeError):
-        raise ValueError(f"{openai_client.base_url}: no chat completion: {str(reply)[:300]}"
-                         ) from None
 
 
-def in_parallel(work, items, workers):
-    """work(item) for all items in threads. After an error, or Ctrl-C, no further one begins."""
+def ask_all(args, flag, server, requests: dict, save, answered: bool):
+    """save(name, reply or error) for every request, --concurrency at once. A wrong URL, key or
+    model name stops it, and 20 failures in a row: no further request begins, others end first.
+    Refused requests are no failures once the server `answered` another."""
+    import openai
     from tqdm import tqdm
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for _ in tqdm(pool.map(work, items), total=len(items), unit="request"):
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
+    waiting, failures, stop = iter(tqdm(requests, unit="request")), 0, None
+
+    async def worker():
+        nonlocal answered, failures, stop
+        for name in waiting:
+            try:
+                reply = await chat(server, **requests[name])
+                failures, answered = 0, True
+            except (openai.OpenAIError, ValueError) as error:
+                reply, status = error, getattr(error, "status_code", None)
+                failures += not (answered and status in REFUSED)
+                limit = 20 if answered else min(20, len(requests))
+                if status in STOPPING or failures >= limit:
+                    stop = error
+            if reply is not stop:
+                save(name, reply)
+            if stop:
+                return
+
+    async def all_workers():
+        await asyncio.gather(*(worker() for _ in range(args.concurrency)))
+    asyncio.run(all_workers())
+    if stop:
+        raise ValueError(f"{flag} {server.url}: {stop}; what was answered is on disk")
+
+
+def refused_parts(rows) -> list[str]:
+    """The parts of requests that servers refused, in answers or replies."""
+    return sorted({name for row in rows for name in row.get("refused", ())})
+
+
+# The environment of this script's own ranks, which a server must not take for its own.
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextlib.contextmanager
@@ -394,12 +559,14 @@ def serving(args, policy, log_file):
         port = s.getsockname()[1]
     command = fill(args.serve, {"model": policy, "port": str(port)}, "--serve")
     url = f"http://127.0.0.1:{port}/v1"
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))    # by no proxy
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
     with open(log_file, "w") as out:
         server = subprocess.Popen(shlex.split(command), stdout=out, stderr=out,
-                                  start_new_session=True)
+                                  start_new_session=True, env=environment)
     try:
         while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/models", timeout=5):
+            with contextlib.suppress(OSError), opener.open(f"{url}/models", timeout=5):
                 break
             if server.poll() is not None:
                 raise ValueError(f"--serve {command}: ended with {server.returncode}; see "
@@ -409,35 +576,40 @@ def serving(args, policy, log_file):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(60)
+            os.killpg(server.pid, signal.SIGKILL)           # also what it started and left behind
         server.wait()
 
 
-def sample_by_server(args, policy, prompts, wanted, seeds, url, append):
+def sample_by_server(args, policy, prompts, wanted, url, append):
     """The wanted answers from an endpoint. A prompt that it refuses (HTTP 400, 413, 422: too long,
     perhaps) gets an empty, unfinished answer in the end; they are counted."""
-    import openai
-    server, model = client(url, args, "SERVER_API_KEY"), args.served_model or policy
-    refused, answered = {}, []
+    server, requests = Endpoint(url, args, "SERVER_API_KEY"), {}
+    settings = dict(model=args.served_model or policy, temperature=args.temperature,
+                    max_tokens=args.max_new_tokens)
+    if args.top_p < 1:
+        settings["top_p"] = args.top_p
+    for i, k in wanted:
+        requests[i, k] = settings | {"messages": prompts[i]}
+    refused, failed = {}, []
 
-    def ask(one):
-        i, k = one
-        try:
-            append(Answer(i, k, *chat(
-                server, model=model, messages=prompts[i], temperature=args.temperature,
-                top_p=args.top_p, max_tokens=args.max_new_tokens,
-                seed=(seeds[i] + k) % 2 ** 31)))
-            answered.append(one)
-        except openai.OpenAIError as error:
-            refused[one] = error
-            if getattr(error, "status_code", None) not in (400, 413, 422) or (
-                    not answered and len(refused) >= min(16, len(wanted))):
-                raise ValueError(f"{url}: {error}; answers so far are on disk") from None
-    in_parallel(ask, wanted, args.concurrency)
+    def save(one, reply):
+        if isinstance(reply, Reply):
+            append(Answer(*one, *reply))
+        elif getattr(reply, "status_code", None) in REFUSED:
+            refused[one] = reply
+        else:
+            failed.append(reply)
+    ask_all(args, "--base-url", server, requests, save, answered=False)
+    if failed:
+        raise ValueError(f"--base-url {url}: {len(failed)} of {len(wanted)} requests failed "
+                         f"({failed[-1]}); the same command asks them again")
+    if refused:
+        print(f"--base-url {url}: {len(refused)} of {len(wanted)} requests were refused "
+              f"({list(refused.values())[-1]})", file=sys.stderr)
     for i, k in refused:
         append(Answer(i, k, "", 0, False))
-    if refused:
-        print(f"{url}: {len(refused)} of {len(wanted)} requests were refused, the last: "
-              f"{list(refused.values())[-1]}", file=sys.stderr)
 
 
 # ----------------------------------------------------------------------------------------- judges
@@ -475,6 +647,7 @@ class PairRM(torch.nn.Module):
     def load(cls, name):
         """(model, tokenizer) of a folder or Hub id. A missing or unexpected weight is an error."""
         from safetensors.torch import load_file
+        from tokenizers import Tokenizer
         from transformers import AutoTokenizer, DebertaV2Config
         folder = Path(name)
         if not folder.is_dir():
@@ -490,6 +663,9 @@ class PairRM(torch.nn.Module):
         model.load_state_dict(state)
         has_tokenizer = any((folder / f).exists() for f in ("tokenizer.json", "spm.model"))
         tokenizer = AutoTokenizer.from_pretrained(folder if has_tokenizer else base)
+        if (folder / "tokenizer.json").exists():            # transformers 5 drops its normalizer
+            stored = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer.backend_tokenizer.normalizer = stored.normalizer
         tokenizer.add_special_tokens({"additional_special_tokens": list(PREFIXES)})
         return model.eval(), tokenizer
 
@@ -529,8 +705,10 @@ def pairrm_rows(tokenizer, source: str, answers: list[str]) -> tuple[dict, int]:
 @torch.no_grad()
 def pairrm_logits(model, tokenizer, rows: list[list[int]], batch_tokens: int):
     """Logits of input rows, (R,) float64, in right-padded batches of rows of like length.
-    Neighbours do not change a row beyond rounding."""
-    logits = np.zeros(len(rows))
+    Neighbours do not change a row beyond rounding. Matrix products are in TF32 on CUDA."""
+    logits, precision = np.zeros(len(rows)), torch.get_float32_matmul_precision()
+    if device().type == "cuda":
+        torch.set_float32_matmul_precision("high")
     prefixes = tokenizer.convert_tokens_to_ids(list(PREFIXES[:3]))
     order = sorted(range(len(rows)), key=lambda r: -len(rows[r]))
     while order:
@@ -542,18 +720,20 @@ def pairrm_logits(model, tokenizer, rows: list[list[int]], batch_tokens: int):
         mask = [[1] * (width - pad) + [0] * pad for pad in pads]
         ids, mask = (torch.tensor(x, device=device()) for x in (ids, mask))
         logits[part] = model(ids, mask, prefixes).double().cpu().numpy()
+    torch.set_float32_matmul_precision(precision)
     return logits
 
 
 def by_comparisons(compare):
-    """A judge of compare(row) -> how far the first answer beats the second, for all ordered pairs
-    of its K answers, in the order of itertools.permutations."""
+    """A judge of compare(rows) -> how far the first answer beats the second, for all ordered pairs
+    of their K answers, in the order of itertools.permutations. NaN, no verdict, counts as a tie."""
     def judge(rows):
         k = len(rows[0]["answers"])
         c = np.zeros((len(rows), k, k))
         i, j = zip(*itertools.permutations(range(k), 2))
-        c[:, i, j] = np.reshape(compare(rows), (len(rows), -1))
+        c[:, i, j] = np.reshape(np.nan_to_num(compare(rows)), (len(rows), -1))
         return [scores_from_comparisons(x) for x in c]
+    judge.compare = compare
     return judge
 
 
@@ -602,10 +782,15 @@ VERDICTS = {"A>>B": 1.0, "A>B": 1.0, "A": 1.0, "A=B": 0.0, "C": 0.0, "B": -1.0, 
             "B>>A": -1.0}
 
 
+def final_text(text: str) -> str:
+    """What follows a model's last thought."""
+    return text.rpartition("</think>")[2]
+
+
 def verdict(text: str) -> float | None:
-    """1, 0, -1 for A better, tie, B better by the last [[A]], [[B]], [[C]], [[A>B]] ..; None:
-    none."""
-    found = re.findall(r"\[\[(A>>B|A>B|A=B|B>A|B>>A|A|B|C)\]\]", text)
+    """1, 0, -1 for A better, tie, B better by the last [[A]], [[B]], [[C]], [[A>B]] .. of the final
+    text; None: none."""
+    found = re.findall(r"\[\[(A>>B|A>B|A=B|B>A|B>>A|A|B|C)\]\]", final_text(text))
     return VERDICTS[found[-1]] if found else None
 
 
@@ -624,37 +809,35 @@ def reply_keys(model, calls, **settings) -> dict[str, str]:
 
 
 def ask_llm(args, model: str, calls: dict[str, list[dict]], folder: Path, **settings) -> dict:
-    """{id: messages} -> {id: reply}, None for a request that failed for good.
+    """{id: messages} -> {id: {"reply", "finished", "tokens", "refused"}}, or {"reply": None,
+    "error", "status"} of a request that failed.
 
     Every reply is appended to replies-*.jsonl of `folder`, under a hash of id, model, messages and
-    settings, and never asked for again. Failures are asked again by the next run; 20 in a row, or a
-    refused key, account or model name (401 to 404), stop this one."""
-    import openai
-    judge, failed, keys = client(args.judge_url, args, "OPENAI_API_KEY"), [0], None
+    settings, and never asked for again. Failures are asked again by the next run."""
+    server = Endpoint(args.judge_url, args, "OPENAI_API_KEY")
     keys = reply_keys(model, calls, **settings)
-    replies = {r["key"]: r["reply"] for r in read_growing(folder, "replies")
-               if r["reply"] is not None}
+    known = {r["key"]: r for r in read_growing(folder, "replies") if r["reply"] is not None}
+    requests = {name: dict(settings, model=model, messages=messages)
+                for name, messages in calls.items() if keys[name] not in known}
 
-    def ask(name):
-        try:
-            reply, tokens, _ = chat(judge, model=model, messages=calls[name], **settings)
-            record, failed[0] = dict(reply=reply, tokens=tokens), 0
-        except (openai.OpenAIError, ValueError) as error:
-            failed[0] += 1
-            if getattr(error, "status_code", None) in (401, 402, 403, 404) or failed[0] >= 20:
-                raise ValueError(f"--judge-url {args.judge_url}: {error}; replies so far are on "
-                                 "disk") from None
-            record = dict(reply=None, error=str(error))
-        append(record | dict(key=keys[name], id=name, model=model))
-        replies[keys[name]] = record["reply"]
+    def save(name, reply):
+        if isinstance(reply, Reply):
+            record = reply._asdict()
+            record["reply"] = record.pop("text")
+        else:
+            record = dict(reply=None, error=str(reply), status=getattr(reply, "status_code", None))
+        record |= dict(key=keys[name], id=name, model=model)
+        append(record)
+        known[record["key"]] = record
     with growing(folder, "replies") as append:
-        in_parallel(ask, [name for name in calls if keys[name] not in replies], args.concurrency)
-    return {name: replies[key] for name, key in keys.items()}
+        ask_all(args, "--judge-url", server, requests, save, answered=bool(known))
+    return {name: known[key] for name, key in keys.items()}
 
 
 def llm_judge(args, name):
     """Every ordered pair of answers by one question to an LLM. A reply without a verdict is a tie,
-    and counted. See `verdict` for the marks that the template must ask for."""
+    and counted, as is a pair that the server refuses. See `verdict` for the marks that the template
+    must ask for."""
     def compare(rows):
         calls = {}
         for row in rows:
@@ -664,15 +847,15 @@ def llm_judge(args, name):
                 text = fill(args.judge_template, values, "--judge-template")
                 calls[f"{row['key']} {i} {j}"] = [data.user(text)]
         replies = ask_llm(args, name, calls, Path(args.output), max_tokens=2048, temperature=0.0)
-        failed = list(replies.values()).count(None)
+        failed = [r for r in replies.values() if r.get("status", 400) not in REFUSED]
         if failed:
-            raise ValueError(f"--judge-url {args.judge_url}: {failed} of {len(calls)} requests "
-                             "failed; the same command asks them again")
-        verdicts = [verdict(reply) for reply in replies.values()]
+            raise ValueError(f"--judge-url {args.judge_url}: {len(failed)} of {len(calls)} "
+                             "requests failed; the same command asks them again")
+        verdicts = [verdict(r["reply"]) if r.get("finished") else None for r in replies.values()]
         if None in verdicts:
             print(f"{name}: {verdicts.count(None)} of {len(calls)} replies have no verdict: ties",
                   file=sys.stderr)
-        return [v or 0.0 for v in verdicts]
+        return np.array(verdicts, dtype=float)              # None becomes NaN
     return by_comparisons(compare)
 
 
@@ -694,6 +877,7 @@ def load_judge(args):
             raise ValueError(f"--judge {args.judge}: {values.tolist()}: not one finite score for "
                              f"each answer to {json.dumps(rows[0]['prompt'])[:200]}")
         return values
+    scores.compare = getattr(judge, "compare", None)
     return scores
 
 
@@ -706,18 +890,20 @@ def read_prompts(args, tokenizer, template) -> tuple[list[dict], str]:
     config = AutoConfig.from_pretrained(args.model).get_text_config()
     room = getattr(config, "max_position_embeddings", None) or sys.maxsize
     room -= args.max_new_tokens
-    rows, too_long = {}, 0
+    rows, too_long, repeated = {}, 0, 0
     for r in dataset.select_columns(["messages_json", "answer", "source"]):
         messages = json.loads(r["messages_json"])
         last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
         name = data.canonical_hash(messages[:last])
-        if name not in rows and len(prompt_ids(tokenizer, messages[:last])) > room:
+        if name in rows:
+            repeated += 1
+        elif len(prompt_ids(tokenizer, messages[:last])) > room:
             too_long += 1
         else:
-            rows.setdefault(name, {"key": name, "prompt": messages[:last], "answer": r["answer"],
-                                   "source": r["source"]})
-    log(f"{len(rows)} distinct prompts; {too_long} leave no room for --max-new-tokens "
-        f"{args.max_new_tokens} in the model's context")
+            rows[name] = {"key": name, "prompt": messages[:last], "answer": r["answer"],
+                          "source": r["source"]}
+    log(f"{len(rows)} distinct prompts; left out: {repeated} repeated ones, and {too_long} that "
+        f"leave no room for --max-new-tokens {args.max_new_tokens} in the model's context")
     if not rows:
         raise ValueError("--data: no prompt is left; lower --max-new-tokens")
     return list(rows.values()), key
@@ -762,7 +948,7 @@ def sample_phase(args, folder, policy, tokenizer, template, rows, iteration=0) -
                 write({"key": rows[a.prompt]["key"], **a._asdict()})
             if args.engine == "server":
                 with serving(args, policy, folder / "server.log") as url:
-                    sample_by_server(args, policy, prompts, mine, seeds, url, append)
+                    sample_by_server(args, policy, prompts, mine, url, append)
                 return
             answers = sample_locally(args, policy, tokenizer, template, prompts, mine, seeds)
             for a in tqdm(answers, "sample", len(mine), disable=rank > 0, unit="answer"):
@@ -843,6 +1029,7 @@ def answer_report(rows, scores, counts):
     best, worst = ((np.arange(n), of) for of in (scores.argmax(1), scores.argmin(1)))
     distinct = [len({a["text"].strip() for a in r["answers"]}) / k for r in rows]
     report = counts | {"yield": counts["pairs"] / n, "distinct": float(np.mean(distinct))}
+    report["refused_parts"] = refused_parts(itertools.chain(*(r["answers"] for r in rows)))
     for name, values in (("score", scores), ("length", length)):
         for which, x in (("all", values), ("best", values[best]), ("worst", values[worst])):
             report[f"{name}_{which}"] = float(x.mean())
@@ -883,12 +1070,18 @@ def sampling_flags(add, max_new_tokens, temperature):
     add("--engine", choices=["hf", "server"], default="hf", help="transformers, or an endpoint")
     add("--batching", choices=["padded", "continuous"],
         help="hf engine; None: continuous on CUDA, padded on a CPU")
-    add("--sampling-rows", type=positive, default=64, help="hf engine: answers in work at once")
+    add("--sampling-rows", type=positive,
+        help="hf engine: answers in work at once; None: 256 on CUDA, 64 on a CPU")
     add("--base-url", help="server engine: http://HOST:PORT/v1; the key is in SERVER_API_KEY")
     add("--serve", help="server engine: a command with {model} and {port} that starts the server")
     add("--served-model", help="server engine: the model's name there; None: --model")
-    add("--concurrency", type=positive, default=16, help="requests at once, to any server")
-    add("--timeout", type=float, default=600, help="seconds that a request may take")
+    request_flags(add)
+
+
+def request_flags(add):
+    """Flags of requests to any server."""
+    add("--concurrency", type=positive, default=16, help="requests at once")
+    add("--timeout", type=float, default=600, help="seconds that a try of a request may take")
     add("--retries", type=int, default=6, help="further tries of a request, after growing waits")
 
 
@@ -944,6 +1137,7 @@ def check_sampling(args):
 
 def main(argv=None):
     args = parse(argv, parser(), PRESETS)
+    check_urls(args)
     check_judge(args)
     check_sampling(args)
     if args.samples < 2 or args.ref:

@@ -32,29 +32,37 @@ NOWHERE = "http://127.0.0.1:9/v1"
 
 
 # --------------------------------------------------------------------------------------- scoring
-@pytest.mark.parametrize("text, verdict_2024, verdict_2025", [
-    ("My final verdict is: [[A>B]]", "A>B", "A>B"),
-    ("[[A>>B]] as before: [[A>>B]]", "A>>B", "A>>B"),       # twice the same
-    ("first [[A>B]], no: [[B>A]]", None, "B>A"),            # conflicting: 2025 takes the last
-    ("[[a=b]]", None, "A=B"),                               # 2025 reads lower case
-    ("tie", None, None), ("", None, None),
-    ("[[]] [[C]] [[A]]", None, None), ("[[A><B]]", None, None),
-    ("[A>B]", None, "A>B"),                                 # 2025 falls back to single brackets
-    ("[[B<A]]", None, "A>B"),                               # mirrored labels are 2025's
-    ("[[A>B]] [x] [B>A]", "A>B", "A>B")])
-def test_arena_parse_table(text, verdict_2024, verdict_2025):
-    assert evaluate.arena_verdict(text, "2024") == verdict_2024
-    assert evaluate.arena_verdict(text, "2025") == verdict_2025
+@pytest.mark.parametrize("text, verdict_2024, verdict_2025, last", [
+    ("My final verdict is: [[A>B]]", "A>B", "A>B", "A>B"),
+    ("[[A>>B]] as before: [[A>>B]]", "A>>B", "A>>B", "A>>B"),            # twice the same
+    ("first [[A>B]], no: [[B>A]]", None, "B>A", "B>A"),                   # 2025 takes the last
+    ("[[a=b]]", None, "A=B", "A=B"),                                      # 2025 reads lower case
+    ("tie", None, None, None), ("", None, None, None),
+    ("[[]] [[C]] [[A]]", None, None, None), ("[[A><B]]", None, None, None),
+    ("[A>B]", None, "A>B", "A>B"),                                        # single brackets
+    ("[[B<A]]", None, "A>B", "A>B"),                                      # mirrored: 2025's
+    ("[[A>B]] [x] [B>A]", "A>B", "A>B", "A>B"),
+    ("A wrote '[[A>>B]]'. So: [[B>A]]", None, "B>A", "B>A"),              # quotes the candidate
+    ("<think>[[A>B]]?</think> no verdict", "A>B", "A>B", None),           # thinks aloud
+    ("<think>[[A>B]]</think> [[B>A]]", None, "B>A", "B>A")])
+def test_arena_parse_table(text, verdict_2024, verdict_2025, last):
+    for parse, expected in (("2024", verdict_2024), ("2025", verdict_2025), ("last", last)):
+        assert evaluate.arena_verdict(text, parse) == expected
 
 
 def test_arena_score_by_hand():
     """Game 1 (A = baseline): A>>B is 3 losses, B>A a win. Game 2 (A = candidate): A>>B 3 wins, A=B
-    half, B>A a loss, None nothing: (0 + 0 + 0 + 1 + 3 + 0.5 + 0) / 9 = 0.5."""
-    battles = evaluate.arena_battles([("A>>B", 1), ("B>A", 1), ("A>>B", 2), ("A=B", 2), ("B>A", 2),
-                                      (None, 1), (None, 2)])
-    assert battles.tolist() == [0, 0, 0, 1, 1, 1, 1, 0.5, 0]
-    assert evaluate.win_rate(battles) == 0.5
-    assert evaluate.win_rate(evaluate.arena_battles([(None, 1)])) is None
+    half, B>A a loss, None nothing: (0 + 0 + 0 + 1 + 3 + 0.5 + 0) / 9 = 0.5. 2025 drops q2's loss,
+    whose twin is None."""
+    verdicts = {"q0/1": "A>>B", "q0/2": "A>>B", "q1/1": "B>A", "q1/2": "A=B", "q2/1": None,
+                "q2/2": "B>A", "q3/1": None, "q3/2": None}
+    battles = evaluate.arena_battles(verdicts)
+    assert battles.score.tolist() == [0, 0, 0, 1, 1, 1, 1, 0.5, 0]
+    assert battles.question.tolist() == ["q0"] * 6 + ["q1"] * 2 + ["q2"]
+    assert evaluate.win_rate(battles.score) == 0.5
+    dropped = evaluate.arena_battles(verdicts, drop_twins=True)
+    assert dropped.score.tolist() == [0, 0, 0, 1, 1, 1, 1, 0.5]
+    assert evaluate.win_rate(evaluate.arena_battles({"q/1": None}).score) is None
 
 
 def bradley_terry(outcomes):
@@ -73,7 +81,8 @@ def test_arena_score_is_bradley_terry(seed):
     """And its bootstrap that of the solver over the same draws, to 1e-6."""
     rng = random.Random(seed)
     labels = [*evaluate.LABELS, "B>A", "B>A", None]
-    battles = evaluate.arena_battles([(rng.choice(labels), 1 + i % 2) for i in range(200)])
+    verdicts = {f"q{i}/{1 + i % 2}": rng.choice(labels) for i in range(200)}
+    battles = evaluate.arena_battles(verdicts).score
     assert evaluate.win_rate(battles) == pytest.approx(bradley_terry(battles), abs=1e-6)
     draws = np.random.default_rng(7)
     fits = [bradley_terry(battles[draws.integers(len(battles), size=len(battles))])
@@ -88,7 +97,82 @@ def test_bootstrap():
     low, high = evaluate.bootstrap(v, 4000)
     assert (high - low) / 2 == pytest.approx(1.96 * v.std() / math.sqrt(2000), rel=0.05)
     assert evaluate.bootstrap([]) == (None, None)
-    assert evaluate.bootstrap([0.3] * 9) == (0.3, 0.3)
+    assert evaluate.bootstrap([0.5] * 9) == (0.5, 0.5)
+
+
+def test_bootstrap_of_groups_covers():
+    """200 questions of 2 or 6 equal battles: intervals over questions hold the true mean, 1/2, in
+    95 of 100 cases; over battles in far fewer."""
+    hits = np.zeros(2)
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        times = rng.choice([2, 6], 200)
+        groups = np.repeat(np.arange(200), times)
+        battles = rng.integers(2, size=200)[groups]
+        for k, of in enumerate((groups, None)):
+            low, high = evaluate.bootstrap(battles, 200, seed, of)
+            hits[k] += low <= 0.5 <= high
+    assert 0.91 <= hits[0] / 200 <= 0.985
+    assert hits[1] / 200 < 0.8
+
+
+def test_agreement_by_hand():
+    """Orders (1, -1): agrees, consistently. (1, 1): the first place wins, a tie. (-1, 1) disagrees.
+    (NaN, -1): the one verdict counts. (100 + 50 + 0 + 100) / 4. The preferred one is longer in 1
+    and 4: 100, shorter in 2 and 3: 25. The first place wins 1 of 2, 2, 1, and 0.5 of 2."""
+    nan = float("nan")
+    orders = np.array([[1, -1], [1, 1], [-1, 1], [nan, -1]])
+    result = evaluate.agreement(orders, np.array([3.0, 1.0, nan, 2.0]), np.array([5, -1, -2, 1]),
+                                ["p", "p", "q", "r"], bins=3)
+    rows = [(row["pairs"], row["n"], row["score"]) for row in result["rows"]]
+    assert rows == [("all", 4, 62.5), ("the preferred one is longer", 2, 100),
+                    ("the preferred one is shorter", 2, 25),
+                    ("score difference 1.00 to 1.00", 1, 50),
+                    ("score difference 2.00 to 2.00", 1, 100),
+                    ("score difference 3.00 to 3.00", 1, 100)]
+    assert result["percent"] == {
+        "consistent over both orders": 50,                  # the first and the third
+        "prefers the first": 100 * 4.5 / 8,                 # wins 1, 3, 5 and no verdict: 1+2+1+0.5
+        "prefers the longer": 100 * 3.5 / 4, "stored verdicts prefer the longer": 50}
+    assert (result["unparsed"], result["pairs"]) == (1, 4)
+
+
+@pytest.mark.parametrize("kind", ["python", "llm"])
+def test_agree_of_a_judge_that_likes_length(tmp_path, kind):
+    """It agrees where the preferred answer is the longer one: 4 of 5 pairs; one pair is no
+    verdict."""
+    texts = [("aaa", "b", 5), ("aa", "b", 4), ("aaaa", "bb", 3), ("aaaaa", "b", 2), ("a", "bb", 1),
+             ("a", "bb", 0)]
+    write_rows(tmp_path / "pairs.jsonl", [
+        {"prompt": f"q{i}", "chosen": c, "rejected": r, "score_chosen": 2.0 + gap,
+         "score_rejected": 2.0} for i, (c, r, gap) in enumerate(texts)])
+    (tmp_path / "judge.py").write_text("def longest(prompt, answers, reference):\n"
+                                       "    return [len(answer) for answer in answers]\n")
+    (tmp_path / "template.txt").write_text("{prompt}\n|A|{answer_a}|/A|\n|B|{answer_b}|/B|")
+    server = Server(longer_wins)
+    judge = {"python": ["--judge", f"python:{tmp_path}/judge.py:longest"],
+             "llm": ["--judge", "llm:x", "--judge-url", server.url, "--judge-template",
+                     tmp_path / "template.txt"]}[kind]
+    result = evaluate.main(["agree", "--data", str(tmp_path / "pairs.jsonl"), *map(str, judge),
+                            "--output", str(tmp_path / "out"), "--num-proc", "1",
+                            "--cache-dir", str(tmp_path / "cache")])
+    assert (result["score"], result["pairs"], result["unparsed"]) == (80, 5, 0)
+    assert result["percent"]["consistent over both orders"] == 100
+    assert result["percent"]["prefers the longer"] == 100
+    assert len(server.requests) == (10 if kind == "llm" else 0)
+    assert (tmp_path / "out/agree.png").stat().st_size > 10_000
+
+
+def test_mmlu_is_the_plain_mean_of_its_subjects():
+    """12 rows with 4 right, 60 with 11: (33.33 + 18.33) / 2 = 25.83; by question 15 / 72 =
+    20.83."""
+    results = {"results": {"mmlu": {"acc,none": 15 / 72}, "a": {"acc,none": 4 / 12},
+                           "b": {"acc,none": 11 / 60}},
+               "group_subtasks": {"mmlu": ["mmlu_stem", "b"], "mmlu_stem": ["a"], "a": [], "b": []}}
+    subjects = evaluate.subject_scores(results, "mmlu", "acc,none")
+    assert subjects == pytest.approx({"a": 33.3333, "b": 18.3333}, abs=1e-3)
+    assert evaluate.win_rate(list(subjects.values())) == pytest.approx(25.83, abs=0.005)
+    assert evaluate.subject_scores(results, "a", "acc,none") == {}
 
 
 @pytest.mark.parametrize("text, rating", [
@@ -96,6 +180,12 @@ def test_bootstrap():
     ("8/10", None), ("", None), ("[[x]]", None), ("[[11]]", 11), ("[[-1]]", None), ("[[5.]]", 5)])
 def test_mt_bench_rating(text, rating):
     assert evaluate.mt_rating(text) == rating
+
+
+@pytest.mark.parametrize("text, rating", [
+    ("[[7.5]] or [[3]]", 3), ("<think>[[9]]</think> [[2]]", 2), ("<think>[[9]]</think>", None)])
+def test_the_last_rating_of_the_final_text(text, rating):
+    assert evaluate.mt_rating(text, "last") == rating
 
 
 def test_quadratic_fit_by_hand():
@@ -131,14 +221,6 @@ def test_quadratic_fit_intervals_cover():
         flat.append(evaluate.quadratic_fit(x, noise)["vertex_low"] is None)
     assert all(0.90 < share < 0.985 for share in [*hits / 500, np.mean(vertex_hits)])
     assert np.mean(flat) > 0.85
-
-
-def test_rank_correlation():
-    """Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: sqrt 0.9. Two points or a constant: none."""
-    assert evaluate.rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(math.sqrt(0.9))
-    assert evaluate.rank_correlation([1, 2, 3], [3, 1, 2]) == pytest.approx(-0.5)
-    assert evaluate.rank_correlation([1, 1, 1], [1, 2, 3]) is None
-    assert evaluate.rank_correlation([1, 2], [1, 2]) is None
 
 
 def test_margins_by_hand():
@@ -248,14 +330,61 @@ def test_arena_hard_equals_the_score_by_hand(tmp_path):
         assert [request[k] for k in ("temperature", "max_tokens", "model")] == [0, 4096, "any"]
     stored = json.loads((tmp_path / "out/result.json").read_text())
     assert {"model", "template", "parse", "flags", "versions", "date", "git"} < stored.keys()
-    assert (stored["baseline"], stored["benchmark"]) == ("gpt-4-0314", "arena-hard-auto-v0.1")
+    assert (stored["baseline"], stored["benchmark"]) == ("gpt-4-0314", "arena-hard-v0.1")
+    assert (stored["judge_is_the_benchmarks"], stored["judge_shut_down"]) == (False, None)
     for parse in ("2024", "2025"):
         again = run(flags, server, "--parse", parse)
         assert (again["score"], again["low"]) == (result["score"], result["low"])
         assert again["requests"] == 0
-    star = run(without(flags, "--judge"), server, "--variant", "star")
+    star = run(without(flags, "--judge"), server, "--version", "star")
     assert server.requests[-1]["model"] == star["judge"] == "gpt-4o-2024-05-13"
-    assert star["baseline"] == "gpt-3.5-turbo-0125"
+    assert (star["baseline"], star["benchmark"]) == ("gpt-3.5-turbo-0125", "arena-hard-v0.1*")
+    gone = run(without(flags, "--judge"), server)
+    assert (gone["judge"], gone["judge_shut_down"]) == ("gpt-4-1106-preview", "2026-03-26")
+    assert gone["judge_is_the_benchmarks"]
+
+
+def test_arena_hard_v2(tmp_path):
+    """Today's config and judge_utils.py: a baseline and a system prompt per category. A game
+    without a verdict takes its twin along. The mean answer is as long as the answers."""
+    flags, mine, _ = arena_files(tmp_path, 8)
+    (tmp_path / "config.yaml").write_text('prompt_template: "Q<{QUESTION}>\\n|A|{ANSWER_A}|/A|'
+                                          '\\n|B|{ANSWER_B}|/B|"\nmax_tokens: 16000\n')
+    (tmp_path / "judge_utils.py").write_text(
+        'OLD = "Judge."\nJUDGE_SETTINGS = {"hard": {"baseline": "one", "system_prompt": OLD},\n'
+        '    "creative": {"baseline": "two", "system_prompt": "Judge art."}}\n')
+    rows = read_lines(tmp_path / "questions.jsonl")
+    for i, row in enumerate(rows):
+        row["category"] = "hard" if i < 6 else "creative"
+    write_rows(tmp_path / "questions.jsonl", rows)
+    for name, text in (("one", "short"), ("two", "x" * 500)):
+        write_rows(tmp_path / f"{name}.jsonl", [
+            {"uid": f"q{i}", "messages": [{"role": "assistant", "content": {"answer": text}}]}
+            for i in range(8)])
+
+    def reply(request):
+        if "question 0>" in question_of(request):
+            return "none" if question_of(request).index("short") > 30 else "[[A>B]]"
+        return longer_wins(request)
+    server = Server(reply)
+    flags = without(flags, "--templates")
+    at = flags.index("--baseline-answers")
+    flags[at + 1] = str(tmp_path / "{baseline}.jsonl")
+    result = run(flags, server, "--version", "v2.0", "--templates", tmp_path / "config.yaml",
+                 tmp_path / "judge_utils.py")
+    hard, battles = arena_by_hand(mine[1:6], ["short"] * 5)
+    art, _ = arena_by_hand(mine[6:], ["x" * 500] * 2)
+    assert result["categories"]["hard"]["score"] == pytest.approx(hard)
+    assert result["categories"]["creative"]["score"] == pytest.approx(art) == 0
+    assert (result["battles"], result["unparsed"], result["calls"]) == (battles + 12, 1, 16)
+    assert (result["parse"], result["benchmark"]) == ("2025", "arena-hard-v2.0")
+    assert (result["original_level"], result["style_control"]) == (90, None)
+    assert result["mean_answer_characters"] == np.mean([len(text) for text in mine])
+    systems = {(r["messages"][0]["content"], "short" in question_of(r), r["max_tokens"])
+               for r in server.requests}
+    assert systems == {("Judge.", True, 16000), ("Judge art.", False, 16000)}
+    with pytest.raises(ValueError, match="no prompt_template, system_prompt or baseline"):
+        run(flags, server, "--version", "v2.0", "--templates", tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize("parse", ["2024", "2025"])
@@ -270,8 +399,11 @@ def test_an_answer_never_reaches_the_parser(tmp_path, parse):
         assert trick in question
         return "[[B>A]]" if question.index(trick) < question.index("|/A|") else "no label"
     result = run(flags, Server(reply), "--parse", parse)
-    assert result["score"] == 0
-    assert result["unparsed"] == 4 == result["battles"]
+    assert result["unparsed"] == 4
+    if parse == "2025":                                     # drops the twins
+        assert (result["score"], result["battles"]) == (None, 0)
+    else:
+        assert (result["score"], result["battles"]) == (0, 4)
 
 
 def test_a_missing_verdict_is_asked_for_once_more(tmp_path):
@@ -293,7 +425,8 @@ def test_a_missing_verdict_is_asked_for_once_more(tmp_path):
 
 @pytest.mark.parametrize("reply, failed", [
     (429, 2), (500, 2), (400, 2), (None, 2), (b"<html>", 2), (b"{", 2), ("no verdict", 0), ("", 0),
-    (b'{"choices": [{"message": {"content": null}}]}', 0)])
+    (b'{"choices": [{"message": {"content": null}}]}', 0),
+    (b'{"choices": [{"message": {"content": "[[A>>B]]"}, "finish_reason": "length"}]}', 0)])
 def test_a_judge_that_fails_is_unparsed_never_scored(tmp_path, reply, failed):
     """Both games of one question fail: they are counted, the others score as if it were missing.
     Failed games alone are asked again. A reply that says nothing is paid, and is not."""
@@ -397,8 +530,9 @@ def run_with_kills(flags, server, out, kills, games, concurrency=4):
     assert done.returncode == 0, done.stderr[-3000:]
     rows = read_growing(out, "replies")
     assert all(row in rows for row in kept)
-    assert len(rows) == len({row["id"] for row in rows}) == games
-    assert games <= len(server.requests) <= games + concurrency * len(kills)
+    if games:
+        assert len(rows) == len({row["id"] for row in rows}) == games
+        assert games <= len(server.requests) <= games + concurrency * len(kills)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -417,28 +551,76 @@ def real(request):
     return Path(folder)
 
 
-def test_real_arena_hard(real, tmp_path):
-    """500 questions, gpt-3.5-turbo-0125 against gpt-4-0314, the longer answer wins."""
-    texts = []
-    for model in ("gpt-3.5-turbo-0125", "gpt-4-0314"):
-        with gzip.open(real / f"arena_hard_v0.1_answer_{model}.jsonl.gz", "rt") as file:
-            rows = {row["uid"]: row["messages"] for row in map(json.loads, file)}
-        texts.append([rows[uid][1]["content"]["answer"] for uid in sorted(rows)])
+WHOLE = [  # replies that are paid for and hold no verdict
+    b'{"choices": [{"message": {"content": null}, "finish_reason": "stop"}]}',
+    b'{"choices": [{"message": {"content": null}, "finish_reason": "content_filter"}]}',
+    b'{"choices": [{"message": {"content": "[[A>>B]] is"}, "finish_reason": "length"}]}',
+    "no verdict", ""]
+FAILING = [429, 500, None, b"<html>", b'{"error": {"message": "overloaded"}}']
+
+
+def test_games_under_a_server_that_fails_in_every_way(request, tmp_path):
+    """Each of eleven ways at 5%, and three kills: no game is lost, paid twice or miscounted. The
+    last way, HTTP 400, stays. 200 games, with --slow 1,000, and with --real-data 1,000 of
+    Arena-Hard's own questions and answers. The longer answer wins."""
+    folder = request.config.getoption("--real-data")
+    n = 500 if folder or request.config.getoption("--slow") else 100
+    flags, *texts = arena_files(tmp_path, n)
+    marks = ["|A|", "|/A|", "|B|", "|/B|"]
+    if folder:
+        files = [f"{folder}/arena_hard_v0.1_answer_{model}.jsonl.gz"
+                 for model in ("gpt-3.5-turbo-0125", "gpt-4-0314")]
+        texts = []
+        for file in files:
+            with gzip.open(file, "rt") as lines:
+                rows = {row["uid"]: row["messages"] for row in map(json.loads, lines)}
+            texts.append([rows[uid][1]["content"]["answer"] for uid in sorted(rows)])
+        flags = ["arena-hard", "--answers", files[0], "--baseline-answers", files[1], "--questions",
+                 f"{folder}/arena_hard_v0.1_question.jsonl.gz", "--templates",
+                 f"{folder}/arena_hard_v0.1_judge_config.yaml", "--judge", "any"]
+        marks = [f"<|The {part} of Assistant {k}'s Answer|>" for k in "AB"
+                 for part in ("Start", "End")]
+    asked, counted, ways = [], {}, {}
 
     def reply(request):
-        answers = (text_between(question_of(request), f"<|The Start of Assistant {k}'s Answer|>\n",
-                                f"\n<|The End of Assistant {k}'s Answer|>") for k in "AB")
-        return f"[[{longer_label(*answers)}]]"
-    result = run_with_kills(
-        ["arena-hard", "--answers", real / "arena_hard_v0.1_answer_gpt-3.5-turbo-0125.jsonl.gz",
-         "--baseline-answers", real / "arena_hard_v0.1_answer_gpt-4-0314.jsonl.gz", "--questions",
-         real / "arena_hard_v0.1_question.jsonl.gz", "--templates",
-         real / "arena_hard_v0.1_judge_config.yaml", "--judge", "longer"],
-        Server(slow(reply)), tmp_path, [211, 640], 1000, 8)
-    score, battles = arena_by_hand(*texts)
-    assert result["score"] == pytest.approx(score, rel=1e-5)
-    assert result["battles"] == battles
-    assert result["questions"] == 500
+        text = question_of(request)
+        a, b = (text_between(text, *marks[k:k + 2]).strip("\n") for k in (0, 2))
+        time.sleep(0.01)
+        ways.setdefault(text, (random.Random(text).random(), longer_label(a, b)))
+        asked.append(text)
+        way = int(20 * ways[text][0])
+        if way < len(FAILING) and asked.count(text) == 1:
+            return FAILING[way]
+        if way == 19:
+            return 400
+        counted[text] = counted.get(text, 0) + 1
+        way -= len(FAILING)
+        return WHOLE[way] if 0 <= way < len(WHOLE) else f"So: [[{ways[text][1]}]]"
+    server = Server(reply)
+    result = run_with_kills([*flags, "--parse", "last", "--timeout", 0.5, "--retries", 1], server,
+                            tmp_path / "out", [n * 3 // 10, n * 8 // 10, n * 14 // 10], None, 8)
+    result = run([*flags, "--parse", "last"], server, "--output", tmp_path / "out", "--retries", 0)
+    ways = [(int(20 * share), label) for share, label in ways.values()]
+    refused = sum(way == 19 for way, _ in ways)
+    none = sum(len(FAILING) <= way < len(FAILING) + len(WHOLE) for way, _ in ways)
+    assert (len(ways), result["calls"], result["failed"]) == (2 * n, 2 * n, refused)
+    assert (result["unparsed"], result["requests"] >= refused) == (refused + none, True)
+    paid = [row for row in read_growing(tmp_path / "out", "replies") if row["reply"] is not None]
+    assert len(paid) == len({row["id"] for row in paid}) == 2 * n - refused
+    assert sum(counted.values()) <= 2 * n - refused + 3 * 8  # what was under way at a kill
+    games = json.loads((tmp_path / "out/games.json").read_text())
+    won = total = 0
+    for name, label in games.items():                       # by hand, from what was parsed
+        if label:
+            battles = 3 if ">>" in label else 1
+            winner = {"A": "12".index(name[-1]), "B": 1 - "12".index(name[-1])}
+            won += battles * (0.5 if "=" in label else winner[label[0]])
+            total += battles
+    assert result["score"] == pytest.approx(100 * won / total, rel=1e-5)
+    assert result["battles"] == total
+    assert sorted(label for label in games.values() if label) == sorted(
+        label for way, label in ways if way < len(FAILING) or 10 <= way < 19)
+    assert result["questions"] == n
 
 
 # -------------------------------------------------------------------------------------- MT-Bench

@@ -1,5 +1,7 @@
 """online_dpo.py: pairs by hand, sampling against generate, PairRM against its rules, judges, servers
 that fail, whole runs that are killed in every phase, bad input."""
+import asyncio
+import contextlib
 import gc
 import http.server
 import inspect
@@ -16,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import openai
 import pytest
 import torch
 
@@ -147,7 +150,8 @@ def test_a_truncated_answer_trains_no_end_of_turn(cut, tmp_path):
 
 def test_scores_and_verdicts_by_hand():
     assert online_dpo.exact_answer(None, ["so #### 7", "7", "8"], "7") == [1, 1, 0]
-    for text, verdict in (("[[A]] no: [[B>A]]", -1), ("[[C]]", 0), ("[[A>>B]]", 1), ("[A]", None)):
+    for text, verdict in (("[[A]] no: [[B>A]]", -1), ("[[C]]", 0), ("[[A>>B]]", 1), ("[A]", None),
+                          ("<think>[[A]]</think> [[B]]", -1), ("<think>[[A]]</think>", None)):
         assert online_dpo.verdict(text) == verdict
     one = [data.user("hi")]
     assert online_dpo.as_text(one) == online_dpo.as_text([*data.ask("hi", "")]) == "hi"
@@ -197,7 +201,7 @@ class IdsAsText:
 
 def sample(model, prompts, wanted, **settings):
     answers = online_dpo.sample_responses(model, IdsAsText(), prompts, wanted, 24, **settings)
-    return {(a.prompt, a.sample): a[2:] for a in answers}
+    return {(a.prompt, a.sample): a[2:5] for a in answers}
 
 
 def model_that_stops(family, stops):
@@ -369,6 +373,52 @@ def test_pairrm_equals_its_rules(pairrm):
     assert logits[0, 1] == pytest.approx(logit_by_the_rules(pairrm, long[0], *long[1]), abs=1e-5)
 
 
+def test_pairrm_normalizes_as_its_file_says(pairrm, tmp_path):
+    """transformers 5 rebuilds DebertaV2Tokenizer without the normalizer of tokenizer.json. The
+    ellipsis is three dots, a no-break space a space, a ligature two letters, none an unknown."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    folder = shutil.copytree(pairrm, tmp_path / "x")
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "▁Wait", "...", "▁what", "?", "▁find"]
+    words += ["▁", *"Waithwfnd.", *online_dpo.PREFIXES]
+    words = list(dict.fromkeys(words))
+    backend = Tokenizer(models.Unigram([(word, -float(i)) for i, word in enumerate(words)], 3))
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    backend.add_special_tokens(words[:4])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "DebertaV2Tokenizer"}')
+    _, tokenizer = online_dpo.PairRM.load(str(folder))
+    ids = tokenizer("Wait\u2026\u00a0what? \ufb01nd").input_ids
+    assert ids == tokenizer("Wait... what? find").input_ids
+    assert [words[i] for i in ids] == ["[CLS]", "▁Wait", "...", "▁what", "?", "▁find", "[SEP]"]
+
+
+@pytest.mark.gpu
+def test_pairrm_ranks_in_tf32_are_those_of_fp32(pairrm):
+    """200 prompts x 5 answers on CUDA against the CPU: equal order but for ties within 1e-2."""
+    model, tokenizer = online_dpo.PairRM.load(str(pairrm))
+    rows = []
+    for i in range(200):
+        answers = [random_words(3 + 7 * k, 5 * i + k) for k in range(5)]
+        rows += online_dpo.pairrm_rows(tokenizer, random_words(20, i), answers)[0].values()
+    fast = online_dpo.pairrm_logits(model.cuda(), tokenizer, rows, 16384)
+    with torch.no_grad():
+        exact = np.array([model.cpu()(torch.tensor([ids]), torch.ones(1, len(ids)).long(),
+                                      tokenizer.convert_tokens_to_ids(list(online_dpo.PREFIXES[:3]))
+                                      ).item() for ids in rows])
+    off_diagonal = np.array([i != j for i, j in itertools.product(range(5), range(5))])
+
+    def scores(logits):
+        c = np.zeros((200, 25))
+        c[:, off_diagonal] = logits.reshape(200, 20)
+        return np.array([online_dpo.scores_from_comparisons(x) for x in c.reshape(200, 5, 5)])
+    a, b = scores(fast), scores(exact)
+    gap_a, gap_b = (x[:, :, None] - x[:, None] for x in (a, b))
+    assert ((np.sign(gap_a) == np.sign(gap_b)) | (abs(gap_b) < 1e-2)).all()
+
+
 @pytest.mark.parametrize("special", ["[SEP]", "[CLS]", "[PAD]", *online_dpo.PREFIXES])
 def test_special_strings_are_spaces_to_pairrm(pairrm, special):
     plain, special = (pairrm_logits(pairrm, f"w1{s}w2", [f"w3 {s} w4", f"{s}w5"])
@@ -399,16 +449,19 @@ def test_pairrm_as_judge(policy, pairrm, tmp_path):
     assert abs(gap) > 1e-3
 
 
-def test_reward_model_as_judge(policy, tmp_path):
-    """A random Llama reward model's score of each conversation, though the template ends in the
-    end of text and the tokenizer has no padding token."""
+@pytest.mark.parametrize("pad", [None, "<|im_end|>", "<eos>"])
+def test_reward_model_as_judge(policy, tmp_path, pad):
+    """A random Llama reward model's score of each conversation is the stock classifier's at the
+    last token. The template ends in the end of text; the padding token is none, or an end.
+    `annotate` gets the same number for the same text."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
     tokenizer = AutoTokenizer.from_pretrained(policy)
     tokenizer.chat_template += "{{ eos_token }}"
-    tokenizer.pad_token = None
+    tokenizer.pad_token = pad
     model = AutoModelForSequenceClassification.from_config(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_labels=1)).eval()
+    model.config.pad_token_id = tokenizer.pad_token_id
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "rm")
     rows = [prompt_row("yes", "a longer answer", "no"), prompt_row("x", "yy", "zz z")]
@@ -419,8 +472,11 @@ def test_reward_model_as_judge(policy, tmp_path):
             messages = row["prompt"] + [data.assistant(answer["text"])]
             ids = torch.tensor([data.token_ids(tokenizer, data.render(tokenizer, messages))])
             assert ids[0, -1] == tokenizer.eos_token_id
-            expected = model(ids).logits.item()
+            with torch.no_grad():
+                expected = model.score(model.model(ids).last_hidden_state[0, -1]).item()
             assert score == pytest.approx(expected, abs=1e-5)
+            text = data.render(tokenizer, messages)
+            assert data.Scorer(str(tmp_path / "rm"), "reward")(text) == score
 
 
 @pytest.mark.parametrize("body, problem", [
@@ -468,6 +524,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif isinstance(reply, int):
             error = {"message": f"Incorrect: {self.headers['Authorization']}"}
             self.send(reply, json.dumps({"error": error}).encode())
+        elif isinstance(reply, tuple):
+            status, body, *headers = reply
+            self.send(status, json.dumps(body).encode(), "application/json", *headers)
         elif isinstance(reply, bytes):
             self.send(200, reply)
         else:
@@ -475,8 +534,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = {"choices": [choice], "usage": {"completion_tokens": 2}}
             self.send(200, json.dumps(body).encode(), "application/json")
 
-    def send(self, status, body, kind="text/html"):
+    def send(self, status, body, kind="text/html", headers=()):
         self.send_response(status)
+        for name, value in dict(headers).items():
+            self.send_header(name, value)
         self.send_header("Content-Type", kind)
         self.send_header("retry-after-ms", "1")             # tests do not wait for a second try
         self.end_headers()
@@ -488,7 +549,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class Server(http.server.ThreadingHTTPServer):
     """An OpenAI-compatible server on loopback. reply(request) -> an answer's text, an HTTP status
-    (its body repeats the key), bytes as the whole body, or None: it hangs for 2 s."""
+    (its body repeats the key), (status, JSON[, headers]), bytes as the whole body, or None: it
+    hangs for 2 s."""
     request_queue_size = 256
 
     def __init__(self, reply, port=0):
@@ -504,32 +566,212 @@ def question_of(request):
     return request["messages"][-1]["content"]
 
 
-def ask(server, *more):
+def ask(server, *more, messages=(data.user("hi"),), **request):
+    """One request; then the server, for what it was seen to refuse."""
     args = parse(*EXACT, *more)
-    client = online_dpo.client(server.url, args, "OPENAI_API_KEY")
-    return online_dpo.chat(client, model="m", messages=[data.user("hi")])
+    endpoint = online_dpo.Endpoint(server.url, args, "OPENAI_API_KEY")
+    return asyncio.run(online_dpo.chat(endpoint, model="m", messages=list(messages), **request))
 
 
 def test_a_server_that_fails_for_a_while_is_survived():
     replies = [None, 429, 500, 503, "fine"]
     server = Server(lambda request: replies[len(server.requests) - 1])
-    assert ask(server, "--timeout", "0.5") == ("fine", 2, True)
+    assert ask(server, "--timeout", "0.5") == ("fine", 2, True, ())
     assert len(server.requests) == 5
 
 
-@pytest.mark.parametrize("body", [
-    "<html>", "{}", "[]", "null", "", '{"choices": []}', '{"choices": [{}]}', '{"choices": [{"mes',
-    '{"choices": [{"message": {"content": [1]}}]}',
-    '{"choices": [{"message": {"content": "x"}}], "usage": "many"}'])
-def test_a_body_that_is_no_reply_is_a_named_error(body):
-    server = Server(lambda request: body.encode())
-    with pytest.raises(ValueError, match=f"{server.url}/: no chat completion"):
-        ask(server)
+def completion(content="x", finish="stop", usage=None, **more):
+    """The body of a chat completion."""
+    message = {"role": "assistant", "content": content}
+    choices = [{"index": 0, "message": message, "finish_reason": finish}]
+    return json.dumps({"choices": choices, "usage": usage} | more).encode()
 
 
-def test_a_reply_that_went_into_reasoning_is_empty_and_unfinished():
-    choice = {"message": {"content": None}, "finish_reason": "length"}
-    assert ask(Server(lambda request: json.dumps({"choices": [choice]}).encode())) == ("", 0, False)
+NESTED = b"[" * 100_000 + b"]" * 100_000
+
+
+@pytest.mark.parametrize("body, expected", [
+    # whole replies of real servers: (text, tokens, finished)
+    (completion("x", "stop", {"completion_tokens": 7}), ("x", 7, True)),
+    (completion("x", "eos_token"), ("x", 0, True)),                       # TGI
+    (completion("x", "end_turn"), ("x", 0, True)),                        # Claude-compatible
+    (completion("x", "stop_sequence"), ("x", 0, True)),
+    (completion("x", None), ("x", 0, True)),
+    (completion("x", "length"), ("x", 0, False)),
+    (completion("x", "abort"), ("x", 0, False)),                          # vLLM, SGLang
+    (completion("x", "error"), ("x", 0, False)),                          # OpenRouter
+    (completion(None, "stop"), ("", 0, False)),                           # gpt-oss: thoughts alone
+    (completion(None, "content_filter"), ("", 0, False)),                 # Azure
+    (completion(None, "length"), ("", 0, False)),
+    (b'{"choices": [{"message": {}, "finish_reason": "stop"}]}', ("", 0, False)),
+    (completion([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                 {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]),
+     ("ab", 0, True)),                                                    # Mistral
+    (completion([1]), ("", 0, True)),
+    (completion({"deep": {}}), ("", 0, False)),
+    (completion("x", ["stop"]), ("x", 0, False)),
+    (completion("x", usage="many"), ("x", 0, True)),                      # counts of no use
+    (completion("x", usage={"completion_tokens": "7"}), ("x", 0, True)),
+    (completion("x", usage={"completion_tokens": 7.0}), ("x", 7, True)),
+    (completion("x", usage={"completion_tokens": 3e9}), ("x", 0, True)),
+    (completion("x", usage={"completion_tokens": -1}), ("x", 0, True)),
+    (completion("x", usage={"completion_tokens": math.nan}), ("x", 0, True)),
+    # no replies
+    (b'{"error": {"message": "Provider overloaded", "code": 502}}', "Provider overloaded"),
+    (b"<html>", "<html>"), (b"{}", "{}"), (b"[]", ""), (b"null", "null"), (b"", ""), (b"\xff", ""),
+    (b'{"choices": []}', "choices"), (b'{"choices": [{}]}', "choices"),
+    (b'{"choices": [{"mes', "mes"), (NESTED, ""), (b'{"choices": ' + NESTED + b"}", "")])
+def test_replies_of_all_kinds(body, expected):
+    """A reply that is whole is never an error. Anything else is one error with its text."""
+    if isinstance(expected, tuple):
+        assert online_dpo.read_reply(body) == expected
+        return
+    with pytest.raises(ValueError, match=f"no chat completion: .*{expected}"):
+        online_dpo.read_reply(body)
+
+
+def refusing(name, message, status=400):
+    """A server that refuses requests with this part."""
+    def reply(request):
+        if name in request or request["messages"][0]["role"] == name:
+            return status, {"error": {"message": message, "param": name, "code": "unsupported"}}
+        return f"sent {sorted(request)}"
+    return reply
+
+
+SYSTEM = [{"role": "system", "content": "S"}, data.user("U")]
+SERVERS = {  # what is refused, and the words for it
+    "vLLM": None, "SGLang": None, "llama.cpp": None, "Ollama": None,
+    "OpenAI o": ("max_tokens", "Unsupported parameter: 'max_tokens' is not supported with this "
+                 "model. Use 'max_completion_tokens' instead.", 400),
+    "GPT-5": ("temperature", "Unsupported value: 'temperature' does not support 0 with this model. "
+              "Only the default (1) value is supported.", 400),
+    "Azure": ("max_tokens", "max_tokens is not supported", 400),
+    "TGI": ("top_p", "Input validation error: `top_p` must be > 0.0 and < 1.0", 422),
+    "Claude-compatible": ("top_p", "`temperature` and `top_p` cannot both be specified for this "
+                          "model. Please use only one.", 400),
+    "Mistral": ("seed", '[{"type":"extra_forbidden","loc":["body","seed"]}]', 422),
+    "Gemma's template": ("system", "System role not supported", 400),
+    "an old Mistral's template": ("system", "Conversation roles must alternate", 400)}
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_what_is_sent_to_whom(name):
+    """Only what is set is sent. What a server refuses by name is left out, or renamed, from then on
+    and recorded; the other settings stay."""
+    part, message, status = SERVERS[name] or (None, "", 0)
+    server = Server(refusing(part, message, status))
+    settings = dict(temperature=0.0, max_tokens=9)
+    if part in ("top_p", "seed"):
+        settings[part] = 0.5
+    args = parse(*EXACT)
+    endpoint = online_dpo.Endpoint(server.url, args, "OPENAI_API_KEY")
+
+    async def twice():
+        return [await online_dpo.chat(endpoint, model="m", messages=SYSTEM, **settings)
+                for _ in range(2)]
+    replies = asyncio.run(twice())
+    refused = () if part is None else (part,)
+    assert [reply.refused for reply in replies] == [refused, refused]
+    assert len(server.requests) == 2 + len(refused)         # the refusal is asked for once
+    last = dict(server.requests[-1])
+    assert last.pop("model") == "m"
+    messages = last.pop("messages")
+    assert messages == ([data.user("S\n\nU")] if part == "system" else SYSTEM)
+    if part == "max_tokens":
+        settings["max_completion_tokens"] = settings.pop("max_tokens")
+    elif part in settings:
+        del settings[part]
+    assert last == settings
+
+
+def test_a_server_refuses_two_parts_one_after_the_other():
+    def reply(request):
+        for name in ("max_tokens", "temperature"):
+            if name in request:
+                return 400, {"error": {"message": f"'{name}' is not supported"}}
+        return "fine"
+    server = Server(reply)
+    refused = ("max_tokens", "temperature")
+    assert ask(server, max_tokens=9, temperature=0.0) == ("fine", 2, True, refused)
+    assert len(server.requests) == 3
+
+
+def test_a_named_part_that_is_not_the_cause_is_kept():
+    """vLLM names max_tokens where a prompt is too long. The error stays its own, and nothing is
+    learned."""
+    server = Server(lambda request: (400, {"message": "'max_tokens' is too large: 9"}))
+    args = parse(*EXACT)
+    endpoint = online_dpo.Endpoint(server.url, args, "OPENAI_API_KEY")
+    with pytest.raises(openai.BadRequestError, match="too large"):
+        asyncio.run(online_dpo.chat(endpoint, model="m", messages=SYSTEM, max_tokens=9))
+    assert not endpoint.refused
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed(monkeypatch, status):
+    """The key stays with the server that it belongs to."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-key")
+    other = Server(lambda request: "stolen")
+    server = Server(lambda request: (status, {}, {"Location": f"{other.url}/chat/completions"}))
+    with pytest.raises(openai.APIStatusError, match=str(status)):
+        ask(server, "--retries", 0)
+    assert not other.requests
+    assert not other.keys
+
+
+@pytest.mark.parametrize("drip", ["head", "body", "endless"])
+def test_a_reply_that_never_ends_is_bounded(drip):
+    """A byte every 0.1 s, so that no read times out; and a body without an end."""
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            with contextlib.suppress(OSError):
+                if drip != "head":
+                    self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+                for _ in range(200):
+                    time.sleep(0.1 * (drip != "endless"))
+                    self.wfile.write(b"H" * (1 if drip != "endless" else 2 ** 20))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    started = time.time()
+    with pytest.raises(openai.APIConnectionError):
+        ask(server, "--timeout", "1", "--retries", "0")
+    assert time.time() - started < 5
+    server.shutdown()
+
+
+@pytest.mark.parametrize("key", ["EMPTY", "A", "x", "none", "", "sk-abcdefgh1234"])
+def test_a_key_is_hidden_in_errors_alone(monkeypatch, key):
+    """A reply that contains it stays as it is; so do an error's words that contain a short one."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    text = f"[[A]] EMPTY x none {key}"
+    assert ask(Server(lambda request: text)).text == text
+    key = key or "none"
+    with pytest.raises(openai.AuthenticationError) as error:
+        ask(Server(lambda request: 401))
+    assert f"Bearer {key}" not in str(error.value)
+    assert "Error code: 401" in str(error.value)
+    assert "Incorrect: Bearer [key]" in str(error.value)
+
+
+@pytest.mark.parametrize("flag", ["--judge-url", "--base-url"])
+@pytest.mark.parametrize("url, problem", [
+    ("host:8000/v1", "must be http"), ("ftp://x", "must be http"),
+    ("http://user:secret@x/v1", "without user"), ("http://x/v1?key=1", "without user")])
+def test_urls_are_checked_before_anything_is_sent(policy, tmp_path, flag, url, problem):
+    with pytest.raises(ValueError, match=f"{flag} .*{problem}"):
+        online_dpo.main(flags(policy, tmp_path, flag, url))
+
+
+def test_a_proxy_is_named_and_loopback_needs_none(monkeypatch, capsys):
+    monkeypatch.setenv("http_proxy", "http://me:secret@proxy:3128")
+    online_dpo.check_urls(SimpleNamespace(judge_url="http://judge/v1", base_url=None))
+    warning = capsys.readouterr().err
+    assert "proxy:3128" in warning
+    assert "secret" not in warning
+    assert ask(Server(lambda request: "fine")).text == "fine"
 
 
 def serve_flags(policy, out, server, *more):
@@ -545,7 +787,7 @@ def test_200_answers_at_once_lose_none(policy, tmp_path):
     prompts = [[data.user(f"question {i}")] for i in range(100)]
     wanted = list(itertools.product(range(100), range(2)))
     with data.growing(tmp_path, "answers") as write:
-        online_dpo.sample_by_server(args, "m", prompts, wanted, [0] * 100, server.url,
+        online_dpo.sample_by_server(args, "m", prompts, wanted, server.url,
                                     lambda answer: write(answer._asdict()))
     answers = sorted((a["prompt"], a["sample"], a["text"], a["tokens"], a["finished"])
                      for a in read_growing(tmp_path, "answers"))
@@ -562,9 +804,9 @@ def test_each_server_gets_its_own_key_and_no_file_does(policy, tmp_path, monkeyp
     for key in ("sk-policy", ""):
         monkeypatch.setenv("SERVER_API_KEY", key)
         server = Server(lambda request: f"answer {len(server.requests)}")
-        judge.reply = lambda request: 400 if len(judge.requests) % 7 == 0 else "[[A]]"
+        judge.reply = lambda request: 500 if len(judge.requests) % 7 == 0 else "[[A]]"
         run = serve_flags(policy, tmp_path / f"run{len(key)}", server, "--judge", "llm:x",
-                          "--judge-url", judge.url, "--judge-template", template)
+                          "--judge-url", judge.url, "--judge-template", template, "--retries", 0)
         with pytest.raises(ValueError, match="requests failed; the same command asks them again"):
             online_dpo.main(run)
         assert server.keys == {f"Bearer {key or 'none'}"}
@@ -630,7 +872,7 @@ def test_serve_starts_and_stops_a_server_for_each_policy(policy, tmp_path):
     script.write_text("\n".join([
         "import http.server, json, os, sys, threading, time", inspect.getsource(Handler),
         inspect.getsource(Server), "time.sleep(2)", f"open({str(pids)!r}, 'a').write("
-        "f'{os.getpid()} ')", "Server(lambda request: f'{sys.argv[1][-11:]} {request[\"seed\"]}',"
+        "f'{os.getpid()} ')", "Server(lambda request: f'{sys.argv[1][-11:]} {time.time()}',"
         " int(sys.argv[2]))", "threading.Event().wait()"]))
     out = tmp_path / "run"
     online_dpo.main(flags(policy, out, "--serve", f"{os.sys.executable} {script} {{model}} {{port}}",
@@ -671,6 +913,13 @@ def test_an_llm_judges_both_orders(policy, tmp_path, template):
     assert scores[0] == pytest.approx([0, 4 / 3, -4 / 3])
     assert len(server.requests) == 6
     assert all(request["temperature"] == 0 for request in server.requests)
+    server.reply = lambda request: completion("[[A]] because", "length")      # cut: no verdict
+    args.judge = "llm:cut"
+    assert online_dpo.load_judge(args)([prompt_row("a", "b", "c")]).tolist() == [[0, 0, 0]]
+    server.reply = lambda request: 400 if len(server.requests) % 2 else completion(None)
+    args.judge = "llm:refuses"                              # never a stop
+    assert online_dpo.load_judge(args)([prompt_row("a", "b", "c")]).tolist() == [[0, 0, 0]]
+    args.judge = "llm:any"
     server.reply = lambda request: "[[A]]"
     assert online_dpo.load_judge(args)([prompt_row("a", "b", "c")]).tolist() == [[0, 0, 0]]
 
@@ -709,13 +958,15 @@ def test_a_run_and_its_folder(policy, tmp_path):
     from transformers import AutoModelForCausalLM
     run = flags(policy, tmp_path, "--iterations", 2, "--mix", "demo-pairs:test=0.05", "--zero", 1)
     result = online_dpo.main(run)
+    pairs = data.demo_rows("demo-pairs", "test")
+    distinct = {json.dumps([pair["prompt"], pair["chosen"], pair["rejected"]]) for pair in pairs}
     folders = [tmp_path / f"iteration-{i}" for i in (1, 2)]
     for folder, source in zip(folders, (policy, folders[0])):
         report = json.loads((folder / "report.json").read_text())
         assert report["policy"] == str(source)
         assert len(read_lines(folder / "pairs.jsonl")) == report["pairs"]
         trained = json.loads((folder / "run.json").read_text())
-        assert trained["pairs"] == report["pairs"] + 20     # the mixed ones
+        assert trained["pairs"] == report["pairs"] + int(0.05 * len(distinct))  # the mixed ones
         assert len(read_growing(folder, "answers")) == 120
         assert report["length_all"] <= 8
         assert report["score_worst"] <= report["score_all"] <= report["score_best"]
