@@ -26,6 +26,7 @@ Step 0 of a random model costs about ln V nats per target. The demo ends near 0.
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import math
 import os
@@ -381,6 +382,8 @@ def init_distributed():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import datetime
     import deepspeed
+    import transformers
+    transformers.utils.logging.disable_progress_bar()
     for handler in deepspeed.utils.logging.logger.handlers:
         if getattr(handler, "stream", None) is sys.stdout:
             handler.setStream(sys.stderr)                   # stdout ends in our JSON line
@@ -740,8 +743,9 @@ class Run:
         self.handler = signal.signal(signal.SIGTERM, self.stop_after_this_step)
         from tqdm import tqdm
         self.bar = tqdm(total=steps, initial=self.first, disable=self.rank > 0, unit="step",
-                        dynamic_ncols=True)
+                        ncols=100)
         self.clock, self.seen = time.time(), 0
+        self.minute = collections.deque([(self.clock, 0)])  # (time, tokens seen), the last minute
 
     def stop_after_this_step(self, *_):
         self.stop = True
@@ -751,8 +755,12 @@ class Run:
         tokens, targets, attended = (float(x[wanted].sum()) for x in (
             rows.tokens, rows.targets, rows.attended))
         self.seen += tokens
+        self.minute.append((time.time(), self.seen))
+        while self.minute[-1][0] - self.minute[1][0] > 60:
+            self.minute.popleft()
+        seconds, done = np.subtract(self.minute[-1], self.minute[0])
         return {"tokens": int(tokens), "targets": int(targets), "gib": peak_gib(),
-                "tokens_per_s": self.seen / (time.time() - self.clock),
+                "tokens_per_s": float(done / seconds),
                 "flops": useful_flops(self.engine.module.model, tokens, targets, attended)}
 
     def record(self, now):
@@ -795,6 +803,8 @@ class Run:
             plot_curves(self.out / "curves.png", {self.out.name: self.history}, self.curves)
             write_json(self.out / "run.json", self.info | {"result": result})
             shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+        log("\n".join(f"{name:>20}  {value:,.6g}" for name, value in result.items()
+                      if isinstance(value, int | float)))
         dist.barrier()
         self.engine.destroy()                               # else ZeRO's hooks keep weights alive
         from deepspeed.runtime.zero.partition_parameters import (
