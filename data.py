@@ -18,10 +18,19 @@ shards.
 A source is NAME[:[config:]split][=fraction]. NAME is a Hub id, a file (ENDINGS), a save_to_disk
 folder, `demo`, `demo-pairs` or a mix (MIXES). A fraction counts rows without duplicates. Columns
 decide the format of a row (FORMATS, PAIR_FORMATS). Text columns that no format reads are named.
+
+Differs from the paper
+ 1. A2's bins of score differences are 1 wide, from 2 on, with equal quotas. The paper gives no
+    widths and no quotas.
+ 2. Of lion-dpo-study the paper names three sources. Capybara, Orca, py-dpo and the half of HH-RLHF
+    are our choice.
+ 3. A fraction of a source counts the rows that equal none taken before, of any source.
+ 4. lion-sft leaves ruozhiba_en out: the release's copy is not public.
 """
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import functools
 import glob
@@ -35,6 +44,7 @@ import operator
 import os
 import random
 import re
+import socket
 import sys
 import tempfile
 import threading
@@ -44,6 +54,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import filelock
 import numpy as np
 import pandas
 
@@ -56,9 +67,8 @@ class Source(NamedTuple):
 
 
 # The sources of the paper's table of SFT data (the public originals), and of its DPO mixtures (the
-# authors' own copies on the Hub), with the fractions of the authors' configs. Of lion-dpo-study the
-# paper names UltraFeedback, HH-RLHF, TLDR and 264K pairs in all. The small sets and the half of
-# HH-RLHF are our choice.
+# authors' own copies on the Hub), with the fractions of the authors' configs. lion-dpo-study: the
+# paper names UltraFeedback, HH-RLHF, TLDR and 264K pairs in all.
 AUTHORS = "Columbia-NLP/DPO-"
 ULTRAFEEDBACK = f"{AUTHORS}UltraFeedback_binarized:train_prefs"
 TLDR = f"{AUTHORS}tldr-summarisation-preferences"
@@ -83,22 +93,23 @@ def parse_source(text: str) -> Source:
     if os.path.exists(text):
         return Source(text)
     name, split, share = re.fullmatch(
-        r"(.+?)(?::((?:[^:=/]+:)?[\w-]+))?(?:=([\d.]+))?", text).groups()
+        r"(.*?)(?::((?:[^:=/]+:)?[\w-]+))?(?:=(\d*\.?\d+))?", text).groups()
     if share and not 0 < float(share) <= 1:
         raise ValueError(f"--data {text}: the fraction must be in (0, 1], not {share}")
     return Source(name, split or "train", float(share or 1))
 
 
 def parse_sources(texts: list[str]) -> list[Source]:
-    """All --data texts. A mix becomes its sources; a fraction of it is that fraction of each."""
+    """All --data texts. A mix becomes its sources, a fraction of it that fraction of each."""
     sources = []
-    for one in map(parse_source, texts):
-        if one.name in MIXES and one.split != "train":
-            raise ValueError(f"--data {one.name}:{one.split}: a mix names its own splits")
-        for part in map(parse_source, MIXES.get(one.name, ())):
-            sources.append(part._replace(fraction=part.fraction * one.fraction))
-        if one.name not in MIXES:
-            sources.append(one)
+    for source in map(parse_source, texts):
+        if source.name not in MIXES:
+            sources.append(source)
+            continue
+        if source.split != "train":
+            raise ValueError(f"--data {source.name}:{source.split}: a mix names its own splits")
+        for part in map(parse_source, MIXES[source.name]):
+            sources.append(part._replace(fraction=part.fraction * source.fraction))
     return sources
 
 
@@ -190,11 +201,16 @@ def raw_rows(batch, positions, name):
     for position, line in zip(positions, batch[JSON_LINE]):
         try:
             row = json.loads(line.strip() or "null")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{name}:{position + 1}: not JSON: {error}") from None
         if not isinstance(row, dict | None):
             raise ValueError(f"{name}:{position + 1}: a row must be a JSON object")
         yield position + 1, row
+
+
+def first_row(raw, name):
+    """The first of some raw rows, {} if there is none."""
+    return dict(raw_rows(raw[:1], [0], name)).get(1) or {}
 
 
 def hash_of(*values):
@@ -277,7 +293,7 @@ def check_read(fields):
             raise ValueError(f"{name}: no rule reads it")
 
 
-def turns(raw) -> list[dict]:
+def turns(raw):
     """A list of {role, content}, of ShareGPT's {from, value}, of Capybara's {input, output} or of
     [question, answer], as [{role, content}], with `untrained` where a mark asks for it."""
     if isinstance(raw, str):
@@ -291,15 +307,16 @@ def turns(raw) -> list[dict]:
         else:
             check_read(m)
             role, content = ("role", "content") if "role" in m else ("from", "value")
-            if m.get(role) not in ROLES:
+            turn = {"role": ROLES.get(m.get(role)), "content": m.get(content)}
+            if turn["role"] is None:
                 raise ValueError("unknown role")
-            messages.append({"role": ROLES[m[role]], "content": m.get(content)})
-            if ROLES[m[role]] == "assistant" and any(m.get(mark, 1) == 0 for mark in TRAIN_MARKS):
-                messages[-1]["untrained"] = True
+            if turn["role"] == "assistant" and any(m.get(mark, 1) == 0 for mark in TRAIN_MARKS):
+                turn["untrained"] = True
+            messages.append(turn)
     return messages
 
 
-def unmarked(messages) -> list[int]:
+def unmarked(messages):
     """Takes the marks of turns away. Which assistant turns, from 0, had one."""
     marks = [m.pop("untrained", False) for m in messages if m["role"] == "assistant"]
     return np.flatnonzero(marks).tolist()
@@ -308,7 +325,7 @@ def unmarked(messages) -> list[int]:
 EXTRA = "<extra_id_1>"
 
 
-def transcript(text) -> list[dict]:
+def transcript(text):
     """HH-RLHF: '\\n\\nHuman: ..' and '\\n\\nAssistant: ..' turns. HelpSteer2: a question, then
     turns behind '<extra_id_1>Assistant' and '<extra_id_1>User'."""
     marks = r"\n\n(Human|Assistant):"
@@ -328,10 +345,13 @@ def is_transcript(text):
 SYSTEM = ("system", "system_prompt", "system_message")
 
 
-def add_system(messages, row) -> list[dict]:
-    """The messages behind the row's system column, unless they have a system turn."""
-    system = next((row[name] for name in SYSTEM if row.get(name)), None)
-    if not system or messages[:1] and messages[0]["role"] == "system":
+def system_of(row):
+    return next((row[name] for name in SYSTEM if row.get(name)), None)
+
+
+def add_system(messages, system):
+    """The messages behind a system turn, unless they have one. None adds none."""
+    if system is None or messages[:1] and messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}] + messages
 
@@ -340,7 +360,7 @@ QUESTIONS = ("prompt", "instruction", "query", "question", "input", "context")
 ANSWERS = ("output", "response", "answer", "completion")
 
 
-def prompt_of(row) -> list[dict]:
+def prompt_of(row):
     """What precedes the answer: the first of QUESTIONS, a text (and the row's input and context), a
     transcript or a list of turns, behind the row's history."""
     names = [name for name in QUESTIONS if row.get(name)]
@@ -358,7 +378,7 @@ def prompt_of(row) -> list[dict]:
         messages = [user("\n\n".join(texts))]
     if isinstance(row.get("history"), list):
         messages = turns(row["history"]) + messages
-    return add_system(messages, row)
+    return add_system(messages, system_of(row))
 
 
 def reference(row) -> str | None:
@@ -367,11 +387,12 @@ def reference(row) -> str | None:
 
 def from_turns(name, row):
     """A column of turns. Our own files add `last_only` and `unfinished`."""
-    return Conversation(add_system(turns(row[name]), row), row.get("last_only") is True,
-                        reference(row), row.get("unfinished") is True)
+    messages = add_system(turns(row[name]), system_of(row))
+    return Conversation(messages, row.get("last_only") is True, reference(row),
+                        row.get("unfinished") is True)
 
 
-def answer_of(row, answer) -> list[dict]:
+def answer_of(row, answer):
     """An answer, a text or a list of turns, as turns. The white space around an answer to a
     transcript is the transcript's."""
     if isinstance(answer, list):
@@ -397,7 +418,7 @@ def from_preference(row):
     return Conversation(side(row, "chosen"), True, reference(row), unfinished)
 
 
-def side(row, which) -> list[dict]:
+def side(row, which):
     """The whole conversation that ends in the `which` answer. The answer is a text or a list of
     turns, or a transcript or list that holds its prompt, too."""
     answer, prompt = row[which], prompt_of(row)
@@ -407,7 +428,7 @@ def side(row, which) -> list[dict]:
         answer = answer_of(row, answer)
     if answer and answer[0]["role"] == "assistant":
         return without_tldr(prompt + answer)
-    return without_tldr(add_system(answer, row))
+    return without_tldr(add_system(answer, system_of(row)))
 
 
 def without_tldr(messages):
@@ -456,21 +477,17 @@ def on_ten(value, low: float, high: float) -> float | None:
     return 1 + 9 * (r - low) / (high - low)
 
 
-def ratings_of(row) -> list:
+def ratings_of(row):
     """[chosen's, rejected's] ratings of 1 to 10, None if unrated."""
     if isinstance(row.get("rating"), list):                 # Orca pairs by Argilla: unordered
         both = [on_ten(r, 1, 10) for r in row["rating"]]
-        if len(both) == 2 and None not in both:
-            return [max(both), min(both)]
-        return [None, None]
-    partial = [None, None]
-    for column, *scale in SCALES:
-        both = [on_ten(row.get(column.format(which)), *scale) for which in SIDES]
-        if None not in both:
-            return both
-        if partial == [None, None]:
-            partial = both
-    return partial
+        if len(both) != 2 or None in both:
+            return [None, None]
+        return sorted(both, reverse=True)
+    ratings = []
+    for column, low, high in SCALES:
+        ratings.append([on_ten(row.get(column.format(which)), low, high) for which in SIDES])
+    return min(ratings, key=lambda both: both.count(None))  # the first of the most complete
 
 
 def draw(text, n):
@@ -484,7 +501,7 @@ def best_against_drawn(row, rated: list[tuple]) -> Pair:
     rated = [(r, y) for r, y in rated if r is not None]
     if len(rated) < 2:
         raise ValueError("fewer than two rated answers")
-    r_w, y_w = max(rated, key=lambda x: x[0])
+    r_w, y_w = max(rated, key=operator.itemgetter(0))
     worse = [(r, y) for r, y in rated if r < r_w]
     if not worse:
         raise ValueError("all ratings tie")
@@ -496,7 +513,7 @@ def best_against_drawn(row, rated: list[tuple]) -> Pair:
     return Pair(prompt, y_w, y_l, r_w, r_l)
 
 
-def mean_rating(ratings, low, high) -> float | None:
+def mean_rating(ratings, low, high):
     ratings = [on_ten(r, low, high) for r in ratings if r != "N/A"]
     if None in ratings or not ratings:
         return None
@@ -561,19 +578,14 @@ def pair_from_strength(row):
 
 def pair_from_solutions(row):
     """GSM8K's model solutions: a right one against a wrong one, drawn by a hash of the question."""
-    solutions = [value for _, value in sorted(row.items())
-                 if isinstance(value, dict) and "is_correct" in value]
-    right = [value["solution"] for value in solutions if value["is_correct"]]
-    wrong = [value["solution"] for value in solutions if not value["is_correct"]]
+    wrong, right = solutions = [], []
+    for _, value in sorted(row.items()):
+        if isinstance(value, dict) and "is_correct" in value:
+            solutions[bool(value["is_correct"])].append(value["solution"])
     if not right or not wrong:
         raise ValueError("no right and wrong solution")
     byte = hashlib.sha256(row["question"].encode()).digest()
     return Pair(prompt_of(row), right[byte[0] % len(right)], wrong[byte[1] % len(wrong)])
-
-
-def chosen_of(converter):
-    """sft.py's reading of a preference format: the prompt and the chosen answer."""
-    return lambda row: with_answer(converter(row), "chosen")
 
 
 # (columns that a row must have, converter): the first that fits reads the row
@@ -589,8 +601,7 @@ FORMATS = [
     ({"conversations"}, functools.partial(from_turns, "conversations")),
     ({"chosen"}, from_preference),
     ({"conversation"}, functools.partial(from_turns, "conversation")),
-    *(({name}, functools.partial(from_answer, name)) for name in ANSWERS),
-    *((columns, chosen_of(converter)) for columns, converter in PAIR_FORMATS[1:])]
+    *(({name}, functools.partial(from_answer, name)) for name in ANSWERS), *PAIR_FORMATS[1:]]
 
 
 def convert_row(row, formats):
@@ -638,15 +649,17 @@ READ = {*QUESTIONS, *ANSWERS, *SYSTEM, "history", "response_2", "response2"}.uni
     *(columns for columns, _ in FORMATS + PAIR_FORMATS))
 
 
-def unread_text(row) -> str | None:
+def unread_text(row):
     """'no rule reads NAME', for each of the row's columns of text that no rule reads."""
-    names = [k for k in sorted({*row} - READ) if isinstance(row[k], str) and row[k].strip()]
-    return ", ".join(f"no rule reads the text column {name}" for name in names) or None
+    return [f"no rule reads the text column {name}" for name in sorted({*row} - READ)
+            if isinstance(row[name], str) and row[name].strip()]
 
 
 def to_conversation(row: dict) -> Conversation:
     """A raw row of any known format. ValueError(short reason) if it is refused."""
     c = convert_row(row, FORMATS)
+    if isinstance(c, Pair):                                 # sft.py trains the chosen answer
+        c = with_answer(c, "chosen")
     return checked(c._replace(untrained=unmarked(c.messages) or row.get("untrained", ())), row)
 
 
@@ -662,7 +675,7 @@ def to_pair(row: dict) -> Pair:
 
 
 def final_answer(text: str) -> str:
-    """What exact match compares: the text after the last '####' (GSM8K), else all; stripped."""
+    """What exact match compares: the text after the last '####' (GSM8K), else all, stripped."""
     return text.rsplit("####", 1)[-1].strip()
 
 
@@ -682,7 +695,7 @@ class Template(NamedTuple):
 
 
 def render(tokenizer, messages, sample=False):
-    """The conversation as text; sample: up to and with the header of the answer to come. A template
+    """The conversation as text. sample: up to and with the header of the answer to come. A template
     that refuses it raises ValueError."""
     import jinja2
     try:
@@ -692,7 +705,7 @@ def render(tokenizer, messages, sample=False):
 
 
 def token_ids(tokenizer, text: str) -> list[int]:
-    """Ids of a rendered text; its template alone writes the BOS."""
+    """Ids of a rendered text. Its template alone writes the BOS."""
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -701,7 +714,7 @@ def prompt_ids(tokenizer, messages) -> list[int]:
     return token_ids(tokenizer, render(tokenizer, messages, sample=True))
 
 
-def write_bos(tokenizer) -> bool:
+def write_bos(tokenizer):
     """Whether a document starts with a BOS. The template writes it, also where the tokenizer would
     add it: in training, in sampling and for a reward model alike."""
     bos = tokenizer.bos_token
@@ -718,7 +731,7 @@ def write_bos(tokenizer) -> bool:
 RESERVED = re.compile(r"\W*(unused|reserved(_special)?(_token)?|placeholder)_?\d+\W*")
 
 
-def add_chatml_tokens(tokenizer) -> list[str]:
+def add_chatml_tokens(tokenizer):
     """ChatML's tokens that the vocabulary lacks. They take its first reserved entries, so that it
     keeps its size, or else are appended."""
     chatml, vocab = ["<|im_start|>", "<|im_end|>"], tokenizer.get_vocab()
@@ -777,7 +790,7 @@ def shows_system(tokenizer, messages):
 
 class Encoded(NamedTuple):
     input_ids: list[int]
-    targets: list[bool]            # which tokens are scored; never the first
+    targets: list[bool]            # which tokens are scored, never the first
     cut: int                       # tokens beyond max_length
 
 
@@ -787,11 +800,12 @@ def encode(conversation: Conversation, tokenizer, template: Template, *,
 
     The targets are what the assistant writes: from the end of the prompt that sampling would see,
     up to and with the end of turn. That prompt's tokens must be the beginning of the ids. loss_on
-    'all': every token but the first. Tokens beyond max_length are cut from the end; an EOS is never
-    forged. ValueError(short reason) if the row is refused."""
+    'all': every token but the first. Tokens beyond max_length are cut from the end. No EOS is
+    added. ValueError(short reason) if the row is refused."""
     messages = conversation.messages
     contents = [m["content"].strip() for m in messages]
-    if any(special in "\0".join(contents) for special in template.specials):
+    joined = "\0".join(contents)
+    if any(special in joined for special in template.specials):
         raise ValueError("special token in the text")
     text, at = render(tokenizer, messages), 0
     for m, content in zip(messages, contents):
@@ -818,8 +832,9 @@ def encode(conversation: Conversation, tokenizer, template: Template, *,
     if conversation.unfinished:
         ids, targets = ids[:end - 1], targets[:end - 1]
     targets[0] = False
-    cut = max(0, len(ids) - max_length) if max_length else 0
-    ids, targets = ids[:len(ids) - cut], targets[:len(ids) - cut]
+    n_tokens = len(ids)
+    ids, targets = ids[:max_length], targets[:max_length]
+    cut = n_tokens - len(ids)
     if not any(targets):
         raise ValueError("no target left after truncation" if cut else "no target")
     return Encoded(ids, targets, cut)
@@ -834,7 +849,7 @@ class EncodedPair(NamedTuple):
     cut: int                       # tokens cut from the prompt and from both answers
 
 
-PAIR_LISTS = ("prompt", "chosen", "rejected", "chosen_targets", "rejected_targets")
+PAIR_LISTS = EncodedPair._fields[:5]
 
 
 def encode_pair(pair: Pair, tokenizer, template: Template, *, max_length: int | None = None,
@@ -843,12 +858,11 @@ def encode_pair(pair: Pair, tokenizer, template: Template, *, max_length: int | 
     before both answers.
 
     A pair whose longer side exceeds max_length loses prompt tokens after BOS from the left, as few
-    as needed, until max_prompt_length of them are left; then the end of its answers.
+    as needed, until max_prompt_length of them are left, then the end of its answers.
     ValueError(short reason) if an answer has no target left or both became equal."""
-    answers = [with_answer(pair, which) for which in SIDES]
-    ids, masks, _ = zip(*(encode(answer, tokenizer, template) for answer in answers))
-    share, cut = min(mask.index(True) for mask in masks), 0
-    share = len(os.path.commonprefix([y[:share] for y in ids]))     # of lists, too
+    ids, masks, _ = zip(*(encode(with_answer(pair, which), tokenizer, template)
+                          for which in SIDES))
+    share, cut = masks[0].index(True), 0                    # both answers begin there
     if max_length:
         over = max(map(len, ids)) - max_length
         c = max(0, min(over, share - max_prompt_length))    # cut from the prompt
@@ -867,7 +881,7 @@ def encode_pair(pair: Pair, tokenizer, template: Template, *, max_length: int | 
 # ---------------------------------------------------------------------------------------- prepare
 class Prepared(NamedTuple):
     dataset: object                # datasets.Dataset, see `prepare`
-    stats: dict                    # JSON-serialisable; stats_table() prints it
+    stats: dict                    # JSON-serialisable, printed by stats_table()
     key: str                       # hash of all that decided the content
 
 
@@ -887,15 +901,15 @@ def canonical_hash(messages):
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def with_system(messages, key, probability, seed) -> list[dict]:
-    """Adds an empty system turn with a probability; the draw depends on seed and content alone."""
+def with_system(messages, key, probability, seed):
+    """Adds an empty system turn with a probability. The draw depends on seed and content alone."""
     digest = hashlib.sha256(f"{seed} {key}".encode()).hexdigest()
-    if int(digest[:8], 16) / 2 ** 32 < probability and messages[0]["role"] != "system":
-        return [{"role": "system", "content": ""}] + messages
+    if int(digest[:8], 16) / 2 ** 32 < probability:
+        return add_system(messages, "")
     return messages
 
 
-def cache_folder(cache_dir) -> Path:
+def cache_folder(cache_dir):
     """The one folder that preparation writes to."""
     try:
         folder = Path(cache_dir or Path.home() / ".cache" / "lions")
@@ -920,32 +934,38 @@ def cached_map(dataset, function, path, columns, num_proc, **settings):
     """dataset.map(function) in batches and processes, one row out per row in, cached at `path`.
 
     The name of `path` is a hash of all that decides the content. columns: {name: Arrow type, or a
-    list of one for a list}. A cache that cannot be read or lacks rows is made again."""
-    import filelock
-    import pyarrow
+    list of one for a list}. A cache that differs from its checksum is made again."""
     features = {k: [datasets.Value(*v)] if isinstance(v, list) else datasets.Value(v)
                 for k, v in columns.items()}
     workers = min(num_proc or os.cpu_count(), math.ceil(len(dataset) / 1000))
     if workers > 1:
         check_processes(workers)
     path.parent.mkdir(parents=True, exist_ok=True)
+    checksum = path.with_suffix(".json")
     with filelock.FileLock(f"{path}.lock"):
-        for is_retry in (False, True):
-            try:
-                made = dataset.map(
-                    function, batched=True, with_indices=True, fn_kwargs=settings,
-                    features=datasets.Features(features), remove_columns=dataset.column_names,
-                    cache_file_name=str(path), new_fingerprint=path.stem, desc=function.__name__,
-                    load_from_cache_file=True, num_proc=workers if workers > 1 else None)
-                if len(made) == len(dataset):
-                    return made
-            except (pyarrow.ArrowInvalid, OSError) as error:
-                if is_retry or getattr(error, "errno", None):       # no damage: the disk is full
-                    raise
-                print(error, file=sys.stderr)
-            print(f"cache {path} is damaged; it is made again", file=sys.stderr)
-            for part in path.parent.glob(f"{path.stem}*.arrow"):
-                part.unlink()
+        stored, parts = read_json(checksum), part_hashes(path)
+        for name in parts:                                  # whole shards stay
+            if stored.get(name, parts[name]) != parts[name]:
+                print(f"cache {path} is damaged; it is made again", file=sys.stderr)
+                path.with_name(name).unlink()
+        try:
+            mapped = dataset.map(
+                function, batched=True, with_indices=True, fn_kwargs=settings,
+                features=datasets.Features(features), remove_columns=dataset.column_names,
+                cache_file_name=str(path), new_fingerprint=path.stem, desc=function.__name__,
+                load_from_cache_file=True, num_proc=workers if workers > 1 else None)
+            if not parts or stored != parts:
+                write_json(checksum, part_hashes(path))
+        except OSError as error:
+            raise OSError(f"--cache-dir: {path} could not be written ({error}); the same command "
+                          "continues") from error
+        return mapped
+
+
+def part_hashes(path):
+    """{name: hash of its content} of a cache's Arrow files."""
+    parts = sorted(path.parent.glob(f"{path.stem}*.arrow"))
+    return {part.name: file_hash(part) for part in parts}
 
 
 def batch_of(records, columns):
@@ -961,14 +981,14 @@ def frame(dataset, *columns: str):
 SCORES = ("score_chosen", "score_rejected")
 PLACEHOLDERS = (10, 1)             # SCORES of every row of the authors' Nectar and HH-RLHF
 CONVERTED = dict(line="string", key="string", refused="string", source="string", row="int64",
-                 score_chosen="float64", score_rejected="float64", unread="string")
+                 score_chosen="float64", score_rejected="float64", unread=["string"])
 BLANK = ""                         # `refused` of a blank line, which no count shows
 DUPLICATE = "equal to an earlier row"
 
 
 def convert_rows(batch, positions, name, pairs, rated):
     """Raw rows -> columns CONVERTED: a line of JSON (a conversation or a pair), a hash of its
-    canonical text, its scores if `rated`; or the reason in `refused`. Rows that a command here
+    canonical text, its scores if `rated`, or the reason in `refused`. Rows that a command here
     wrote keep their `lions_origin`, [source, row]."""
     records = []
     for n, row in raw_rows(batch, positions, name):
@@ -977,16 +997,16 @@ def convert_rows(batch, positions, name, pairs, rated):
         try:
             if row is not None:
                 record["unread"] = unread_text(row)
-                x = to_pair(row) if pairs else to_conversation(row)
+                example = to_pair(row) if pairs else to_conversation(row)
                 if pairs and not rated:
-                    x = unrated(x)
-                fields = x._asdict() | {"lions_origin": [source, at]}
+                    example = unrated(example)
+                fields = example._asdict() | {"lions_origin": [source, at]}
                 messages = fields["prompt" if pairs else "messages"]
                 for which in SIDES if pairs else ():
                     messages = messages + [{"role": which, "content": fields[which]}]
                     fields[which] = [assistant(fields[which])]
-                record |= {score: fields.get(score) for score in SCORES} | dict(
-                    line=json.dumps(fields), key=canonical_hash(messages), refused=None)
+                record |= fields | dict(line=json.dumps(fields), key=canonical_hash(messages),
+                                        refused=None)
         except ValueError as error:
             record["refused"] = str(error)
         records.append(record)
@@ -994,10 +1014,9 @@ def convert_rows(batch, positions, name, pairs, rated):
 
 
 def gather_helpsteer(raw, name):
-    """HelpSteer's rows of one prompt as one row, in the place of the first; the others are
+    """HelpSteer's rows of one prompt as one row, in the place of the first. The others are
     blank."""
-    first = dict(raw_rows(raw[:1], [0], name)).get(1) or {}
-    if not {"prompt", "response", *HELPSTEER} <= set(first):
+    if not {"prompt", "response", *HELPSTEER} <= set(first_row(raw, name)):
         return raw
     lines, by_prompt = [BLANK] * len(raw), {}
     for n, row in raw_rows(raw[:], range(len(raw)), name):
@@ -1015,7 +1034,7 @@ def convert(sources, pairs, seed, folder, num_proc):
     parts, taken = [], pandas.Series(dtype=str)
     for source in sources:
         raw = load_source(source, folder)
-        if pairs and len(raw):
+        if pairs:
             raw = gather_helpsteer(raw, source.name)
         content = content_hash(source, folder)
         for rated in (True, False):
@@ -1024,7 +1043,7 @@ def convert(sources, pairs, seed, folder, num_proc):
                               pairs=pairs, rated=rated)
             rows = frame(part, "source", "row", "refused", "key", *SCORES)
             scores = rows[[*SCORES]].dropna()
-            if scores.empty or (scores != PLACEHOLDERS).any(axis=None):
+            if scores.empty or (scores.to_numpy() != PLACEHOLDERS).any():
                 break
         if not rated:
             print(f"--data {source.name}: every row has the scores {PLACEHOLDERS}; such "
@@ -1038,17 +1057,20 @@ def convert(sources, pairs, seed, folder, num_proc):
     return datasets.concatenate_datasets(parts)
 
 
-def by_reason(rows):
-    """{source: {reason: [number of rows, FILE:ROW of the first]}} of rows that are left out."""
-    reasons = {}
-    for (source, reason), part in rows.groupby(["source", "refused"], sort=False):
+def by_reason(rows, column="refused"):
+    """{source: {reason: [number of rows, FILE:ROW of the first]}} of rows that are left out, or
+    whose `unread` columns are."""
+    reasons, rows = {}, rows[["source", "row", column]].explode(column)
+    for (source, reason), part in rows.groupby(["source", column], sort=False):
         reasons.setdefault(source, {})[reason] = [len(part), f"{source}:{part.row.min()}"]
     return reasons
 
 
 def reason_lines(reasons):
-    return "\n".join(f"  {where}: {reason} ({n} such rows)" for of in reasons.values()
-                     for reason, (n, where) in of.items())
+    lines = []
+    for counts in reasons.values():
+        lines += [f"  {where}: {reason} ({n} such rows)" for reason, (n, where) in counts.items()]
+    return "\n".join(lines)
 
 
 def check_refused(rows, bad_rows="refuse"):
@@ -1059,21 +1081,21 @@ def check_refused(rows, bad_rows="refuse"):
         raise ValueError(f"--data: {problem}:\n{reason_lines(by_reason(rows))}")
 
 
-def first_of_equal(keys) -> np.ndarray:
+def first_of_equal(keys):
     """The index of the first key equal to each. (n,) -> (n,) int64. b, a, b: 0, 1, 0"""
     group, different = pandas.factorize(np.asarray(keys))
     first = np.unique(group, return_index=True)[1]
     return first[group]
 
 
-def gap(chosen, rejected) -> np.ndarray:
+def gap(chosen, rejected):
     """Score differences of pairs, NaN if a score is missing. 8.2 - 6.2 is 2, not a little less."""
     return np.round(np.asarray(chosen, dtype=float) - np.asarray(rejected, dtype=float), 9)
 
 
 COUNTED = ("length", "n_targets", "turns", "cut")
-COMMON = dict.fromkeys(("source", "refused", "answer", "messages_json"), "string")
-COMMON |= {"row": "int64"} | dict.fromkeys(COUNTED, "int32")
+COMMON = dict(source="string", refused="string", answer="string", messages_json="string",
+              row="int64") | dict.fromkeys(COUNTED, "int32")
 ENCODED = {  # columns of encoded rows, by `pairs`
     False: COMMON | dict(input_ids=["int32"], targets=["bool"]),
     True: COMMON | dict.fromkeys(SCORES, "float64") | dict.fromkeys(PAIR_LISTS[:3], ["int32"])
@@ -1083,31 +1105,29 @@ ENCODED = {  # columns of encoded rows, by `pairs`
 def encode_rows(batch, positions, pairs, empty_system, seed, min_gap, tokenizer, template,
                 **limits):
     """Converted rows -> columns ENCODED[pairs], or the reason in `refused`. messages_json holds the
-    messages; of a pair its prompt, both answers and which of them are unfinished."""
-    records = []
+    messages, of a pair its prompt, both answers and which of them are unfinished."""
+    records, before = [], "prompt" if pairs else "messages"
     for line, key, source, row in zip(*(batch[k] for k in ("line", "key", "source", "row"))):
         fields, record = json.loads(line), dict(source=source, row=row)
         fields.pop("lions_origin")
-        before = "prompt" if pairs else "messages"
         fields[before] = with_system(fields[before], key, empty_system, seed)
         try:
             if pairs:
                 fields |= {which: fields[which][0]["content"] for which in SIDES}
-                x = Pair(**fields)
-                difference = gap(x.score_chosen, x.score_rejected)
+                pair = Pair(**fields)
+                difference = gap(pair.score_chosen, pair.score_rejected)
                 if min_gap is not None and not difference >= min_gap:
                     raise ValueError("no score, or a score gap below --min-gap")
-                e, turns = encode_pair(x, tokenizer, template, **limits), [*x.prompt, x.chosen]
-                messages = [x.prompt, x.chosen, x.rejected, x.unfinished]
+                encoded = encode_pair(pair, tokenizer, template, **limits)
+                masks = encoded.chosen_targets + encoded.rejected_targets
+                length, turns = len(encoded.prompt) + len(masks), len(pair.prompt) + 1
+                messages = [pair.prompt, pair.chosen, pair.rejected, pair.unfinished]
             else:
-                x = Conversation(**fields)
-                e, turns = encode(x, tokenizer, template, **limits), x.messages
-                messages = x.messages
-            e = e._asdict()
-            masks = [v for k, v in e.items() if "targets" in k]
-            ids = [v for k, v in e.items() if "targets" not in k and k != "cut"]
-            record |= fields | e | dict(
-                length=sum(map(len, ids)), n_targets=sum(map(sum, masks)), turns=len(turns),
+                encoded = encode(Conversation(**fields), tokenizer, template, **limits)
+                masks, messages = encoded.targets, fields["messages"]
+                length, turns = len(masks), len(messages)
+            record |= fields | encoded._asdict() | dict(
+                length=length, n_targets=sum(masks), turns=turns,
                 messages_json=json.dumps(messages))
         except ValueError as error:
             record["refused"] = str(error)
@@ -1123,8 +1143,8 @@ def prepare(sources: list[str], tokenizer, template: Template, *, max_length: in
     """Sources -> encoded rows in a seeded order, without duplicates, memory-mapped, cached.
 
     Columns: source, row, answer, messages_json, length, n_targets, and input_ids and targets, or
-    with `pairs` PAIR_LISTS and SCORES. A pair's length is that of x, y_w and y_l; duplicates are
-    equal in prompt, chosen and rejected. max_examples: the first so many of the order; others take
+    with `pairs` PAIR_LISTS and SCORES. A pair's length is that of x, y_w and y_l. Duplicates are
+    equal in prompt, chosen and rejected. max_examples: the first so many of the order. Others take
     the place of rows that encoding refuses. Raises ValueError if no row is left, or for bad_rows
     "stop" if any is refused."""
     parsed, folder = parse_sources(sources), cache_folder(cache_dir)
@@ -1140,16 +1160,15 @@ def prepare(sources: list[str], tokenizer, template: Template, *, max_length: in
     content = [[*source, content_hash(source, folder)] for source in parsed]
     key = hash_of(content, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, template,
                   settings, max_examples)
-    order, parts, counts, start = kept[permutation(len(kept), seed)], [], [], 0
+    order, parts, counts = kept[permutation(len(kept), seed)], [], []
     missing = max_examples or len(order)
-    while missing and start < len(order):
-        ids = order[start:start + missing]
-        path = folder / "encoded" / f"{key}-{start}.arrow"
+    while missing and len(order):
+        ids, order = order[:missing], order[missing:]
+        path = folder / "encoded" / f"{key}-{len(parts)}.arrow"
         part = cached_map(store.select(ids), encode_rows, path, ENCODED[pairs], num_proc,
                           tokenizer=tokenizer, template=template, **settings)
         counts.append(frame(part, "refused", *COUNTED).set_index(ids))
         parts.append(part.select(np.flatnonzero(counts[-1].refused.isna())))
-        start += len(ids)
         missing -= len(parts[-1])                           # others replace the refused ones
     counts = pandas.concat(counts)
     rows["refused"] = rows.refused.fillna(counts.refused)
@@ -1163,39 +1182,35 @@ def source_stats(rows):
     it is left out, or with COUNTED and (pairs) SCORES."""
     rows = rows.assign(truncated=rows["cut"] > 0, gap=gap(rows.score_chosen, rows.score_rejected))
     rows.loc[rows.length.isna(), ["score_chosen", "gap"]] = np.nan
-    counts = dict(examples=("length", "count"), tokens=("length", "sum"),
-                  targets=("n_targets", "sum"), turns=("turns", "sum"),
-                  truncated=("truncated", "sum"), cut=("cut", "sum"),
-                  refused=("refused", "count"), rated=("score_chosen", "count"),
-                  mean_rating=("score_chosen", "mean"), mean_gap=("gap", "mean"))
+    groups = pandas.concat([rows, rows.assign(source="total")]).groupby("source", sort=False)
+    counts = groups.agg(
+        examples=("length", "count"), tokens=("length", "sum"), targets=("n_targets", "sum"),
+        turns=("turns", "sum"), truncated=("truncated", "sum"), cut=("cut", "sum"),
+        refused=("refused", "count"), rated=("score_chosen", "count"),
+        mean_rating=("score_chosen", "mean"), mean_gap=("gap", "mean"))
     for percent in (50, 90, 99, 100):
-        quantile = functools.partial(pandas.Series.quantile, q=percent / 100)
-        counts[f"p{percent}"] = ("length", quantile)
-    both = pandas.concat([rows, rows.assign(source="total")])
-    stats = both.groupby("source", sort=False).agg(**counts).convert_dtypes()
-    sources, reasons = json.loads(stats.to_json(orient="index")), by_reason(rows)
+        counts[f"p{percent}"] = groups.length.quantile(percent / 100)
+    sources = json.loads(counts.convert_dtypes().to_json(orient="index"))
     total = sources.pop("total")
-    unread = by_reason(unread_columns(rows))
-    sources = {name: of | {"reasons": reasons.get(name, {}), "unread": unread.get(name, {})}
-               for name, of in sources.items()}
+    for name, column in (("reasons", "refused"), ("unread", "unread")):
+        reasons = by_reason(rows, column)
+        for source in sources:
+            sources[source][name] = reasons.get(source, {})
     return {"sources": sources, "total": total}
-
-
-def unread_columns(rows):
-    """A line per row and text column that no rule reads."""
-    return rows.assign(refused=rows.unread.str.split(", ")).explode("refused")
 
 
 def stats_table(stats):
     """The paper's table: examples and tokens per source, absolute and percent, lengths, and what
-    was left out and why; of pairs also their ratings on the scale of 1 to 10."""
+    was left out and why. Of pairs also their ratings on the scale of 1 to 10."""
     rows = []
-    for name, of in [*stats["sources"].items(), ("total", stats["total"])]:
-        share = {f"% {k}": 100 * of[k] / max(1, stats["total"][k]) for k in ("examples", "tokens")}
-        rows.append({"source": name} | share | {k: of[k] for k in stats["total"]})
-    lines = [reason_lines({name: of[k] for name, of in stats["sources"].items()})
-             for k in ("reasons", "unread")]
-    return "\n".join([table(rows), *lines])
+    sources, total = stats["sources"], stats["total"]
+    for name, counts in [*sources.items(), ("total", total)]:
+        share = {f"% {k}": 100 * counts[k] / max(1, total[k]) for k in ("examples", "tokens")}
+        rows.append({"source": name} | share | {k: counts[k] for k in total})
+    lines = [table(rows)]
+    for kind in ("reasons", "unread"):
+        lines.append(reason_lines({name: counts[kind] for name, counts in sources.items()}))
+    return "\n".join(lines)
 
 
 def table(rows):
@@ -1206,7 +1221,7 @@ def table(rows):
 
 # ---------------------------------------------------------------------------------------- packing
 class Rows(NamedTuple):
-    """Row r holds the pieces offsets[r]:offsets[r+1]; a piece is tokens start:end of a document."""
+    """Row r holds the pieces offsets[r]:offsets[r+1]. A piece is tokens start:end of a document."""
     offsets: np.ndarray            # (R+1,) int64
     doc: np.ndarray                # (P,) int64
     start: np.ndarray              # (P,) int64
@@ -1217,45 +1232,44 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """The row of each document: longest first, each into the fullest row that it fits. (n,) ->
     (n,)
 
-    Open rows wait in one stack per free capacity. The bits of one big integer say which stacks
-    hold a row, so that the fullest row that fits is the lowest bit at or above the length."""
-    stacks, open_bits, n_rows = [[] for _ in range(capacity + 1)], 0, 0
+    Open rows wait in one stack per free capacity. The capacities with a row are kept sorted, so
+    that the fullest row that fits is at the first capacity at or above the length."""
+    stacks, capacities, n_rows = [[] for _ in range(capacity + 1)], [], 0
     row_of = np.empty(len(lengths), dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
     for i, length in zip(order.tolist(), lengths[order].tolist()):
-        fits = open_bits >> length
-        if fits:
-            room = length + (fits & -fits).bit_length() - 1
+        first = bisect.bisect_left(capacities, length)
+        if first < len(capacities):
+            room = capacities[first]
             row = stacks[room].pop()
             if not stacks[room]:
-                open_bits &= ~(1 << room)
+                capacities.pop(first)
         else:
             room, row, n_rows = capacity, n_rows, n_rows + 1
         left = room - length
-        if left:
-            stacks[left].append(row)
-            open_bits |= 1 << left
+        if left and not stacks[left]:
+            bisect.insort(capacities, left)
+        stacks[left].append(row)
         row_of[i] = row
     return row_of
 
 
 def pack(lengths, max_length: int, packing: str = "bfd") -> Rows:
-    """Documents -> rows of at most max_length tokens; no document is longer than that.
+    """Documents -> rows of at most max_length tokens. No document is longer than that.
 
     bfd: whole documents, best-fit decreasing. none: one document per row. concat: documents
-    continue in the next row; the second piece repeats the last token before the cut as context, so
+    continue in the next row. The second piece repeats the last token before the cut as context, so
     that every target is scored exactly once (the first token of a piece never is)."""
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) == 0 or lengths.max() > max_length or lengths.min() < 1:
         raise ValueError(f"pack: needs lengths in 1..{max_length}")
-    n = len(lengths)
-    if packing == "none":
-        return Rows(np.arange(n + 1), np.arange(n), np.zeros(n, dtype=np.int64), lengths)
-    if packing == "bfd":
-        row_of = best_fit_decreasing(lengths, max_length)
+    if packing != "concat":
+        row_of = np.arange(len(lengths))
+        if packing == "bfd":
+            row_of = best_fit_decreasing(lengths, max_length)
         doc = np.argsort(row_of, kind="stable")
         offsets = np.append(0, np.cumsum(np.bincount(row_of)))
-        return Rows(offsets, doc, np.zeros(n, dtype=np.int64), lengths[doc])
+        return Rows(offsets, doc, np.zeros_like(doc), lengths[doc])
     offsets, pieces, room = [0], [], max_length
     for d, length in enumerate(lengths.tolist()):
         a = 0
@@ -1276,15 +1290,39 @@ DEMO_ROWS = {"demo": {"train": 60000, "test": 400}, "demo-pairs": {"train": 1000
 DEMO_SLIPS = 0.5                   # share of training turns with the demo's habitual mistake
 
 
-def demo_rows(name, split) -> list[dict]:
+def demo_rows(name, split):
     make = {"demo": demo_conversations, "demo-pairs": demo_pairs}[name]
     return make(DEMO_ROWS[name][split], 0, split)
+
+
+@contextlib.contextmanager
+def loading(name):
+    """An error inside names the model. transformers and its parsers raise many kinds."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{name} cannot be loaded ({type(error).__name__}): {error}") from error
 
 
 def load_tokenizer(name):
     """The tokenizer of a Hub id or folder, or the demo's."""
     from transformers import AutoTokenizer
-    return demo_tokenizer() if name == "demo" else AutoTokenizer.from_pretrained(name)
+    if name == "demo":
+        return demo_tokenizer()
+    with loading(name):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def load_weights(auto, name, **settings):
+    """auto.from_pretrained(name). Weights that the folder lacks or the model does not know are an
+    error, unless its class says that they may be."""
+    with loading(name):
+        model, info = auto.from_pretrained(name, use_safetensors=True, output_loading_info=True,
+                                           ignore_mismatched_sizes=True, **settings)
+        problems = {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}
+        if problems:
+            raise ValueError(str(problems))
+    return model
 
 
 def demo_tokenizer():
@@ -1301,7 +1339,7 @@ def demo_tokenizer():
     return tokenizer
 
 
-def demo_turn(rng) -> tuple[str, str]:
+def demo_turn(rng):
     """One question and its answer: reverse, sort, add, count."""
     task = rng.choice(["reverse", "sort", "add", "count"])
     if task == "add":
@@ -1318,22 +1356,20 @@ def demo_slip(question, right):
     if question.startswith("count"):
         return str(int(right) + 1)
     if question.startswith("add"):
-        a, b = (int(x) % 10 for x in question.split()[1:])
+        a, b = (int(number) % 10 for number in question.split()[1:])
         return str(int(right) - 10 if a + b >= 10 else int(right) + 10)
-    for i in range(len(right) - 2, -1, -1):
-        if right[i] != right[i + 1]:
-            return right[:i] + right[i + 1] + right[i] + right[i + 2:]
-    return right[1:]
+    swapped, differ = re.subn(r"(.)(?!\1)(.)(\2*)$", r"\2\1\3", right)
+    return swapped if differ else right[1:]
 
 
 def demo_conversations(n, seed=0, split="train") -> list[dict]:
     """n conversations with a reference answer, a quarter of them of 2 or 3 turns. A hash of the
     last question decides its split, so that no held-out question is trained as a last one. A share
-    of the training turns is answered wrong, as in data that nobody judged; held-out turns are all
+    of the training turns is answered wrong, as in data that nobody judged. Held-out turns are all
     right."""
     rng, rows = random.Random(f"{seed} {split}"), []
     while len(rows) < n:
-        exchanges = [demo_turn(rng) for _ in range(rng.choice([1, 1, 1, 1, 1, 1, 2, 3]))]
+        exchanges = [demo_turn(rng) for _ in range(rng.choice([1] * 6 + [2, 3]))]
         held_out = [hashlib.sha256(q.encode()).digest()[0] < 16 for q, _ in exchanges]
         messages = []
         for q, a in exchanges:
@@ -1383,28 +1419,27 @@ def show(args):
     """Rows with their trained tokens marked."""
     prepared, tokenizer = prepare_for(args)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    sides = SIDES if args.pairs else [None]
-    for r in prepared.dataset.select(range(min(args.rows, len(prepared.dataset)))):
+    for r in itertools.islice(prepared.dataset, args.rows):
         print(f"--- {r['source']}:{r['row']}, {r['length']} tokens, {r['n_targets']} trained")
-        for which in sides:
-            if which:
-                r["input_ids"] = r["prompt"] + r[which]
-                r["targets"] = [False] * len(r["prompt"]) + r[f"{which}_targets"]
+        if not args.pairs:
             print(marked(r["input_ids"], r["targets"], tokenizer, colour))
+            continue
+        for which in SIDES:
+            targets = [False] * len(r["prompt"]) + r[f"{which}_targets"]
+            print(marked(r["prompt"] + r[which], targets, tokenizer, colour))
     return prepared.stats["total"]
 
 
 def stats(args):
     """Examples and tokens per source, as a table and a picture."""
     prepared, _ = prepare_for(args)
-    of, result = prepared.stats["sources"], prepared.stats["total"]
     print(stats_table(prepared.stats))
-    lengths = np.asarray(prepared.dataset["length"])
-    tokens = {name: counts["tokens"] for name, counts in of.items()}
+    result, lengths = prepared.stats["total"], np.asarray(prepared.dataset["length"])
+    tokens = {name: counts["tokens"] for name, counts in prepared.stats["sources"].items()}
     panels = [{"xlabel": "tokens", "series": tokens},
               {"xlabel": "tokens per row", "series": {"all sources": lengths}}]
     if args.pairs:
-        chosen, rejected = (np.array(prepared.dataset[score], dtype=float) for score in SCORES)
+        chosen, rejected = frame(prepared.dataset, *SCORES).to_numpy().T
         panels.append({"xlabel": "rating", "series": {"chosen": chosen, "rejected": rejected}})
         panels.append({"xlabel": "score difference", "series": {"pairs": gap(chosen, rejected)}})
     else:
@@ -1432,9 +1467,10 @@ def figure(path, panels, columns=3):
             elif np.ndim(values) == 0:
                 ax.barh(Path(label).name, values, color="tab:blue")
             else:
-                x = np.asarray(values)[~np.isnan(values)]
-                ax.hist(x, 30, weights=np.full(len(x), 1 / max(1, len(x))), alpha=0.5,
-                        label=f"{label} (n = {len(x):,})")
+                known = np.asarray(values)[~np.isnan(values)]
+                n = len(known)
+                ax.hist(known, 30, weights=np.full(n, 1 / max(1, n)), alpha=0.5,
+                        label=f"{label} (n = {n:,})")
                 ax.set_ylabel("share of rows")
         ax.set(**settings)
         if ax.get_legend_handles_labels()[0]:
@@ -1460,7 +1496,32 @@ def read_json(path) -> dict:
     """A JSON file, {} if there is none."""
     if not path.exists():
         return {}
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+@contextlib.contextmanager
+def only_process(folder):
+    """This process alone works in a folder. ValueError names the process that already does. The
+    kernel frees the lock of a dead one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = folder / "lock"
+    lock = filelock.FileLock(holder)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(f"--output {folder}: {holder.read_text()} works there; wait for it, or "
+                         "name another folder") from None
+    holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    try:
+        yield
+    finally:
+        holder.unlink()
+        lock.release()
+        with contextlib.suppress(OSError):                  # not empty: something was written
+            folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -1480,7 +1541,11 @@ def read_growing(folder, name) -> list[dict]:
     """The rows of all files NAME-*.jsonl, without a last line that a killed process left torn."""
     rows = []
     for path in sorted(folder.glob(f"{name}-*.jsonl")):
-        rows += map(json.loads, path.read_bytes().split(b"\n")[:-1])
+        for n, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                print(f"{path}:{n} is damaged; what it held is made again", file=sys.stderr)
     return rows
 
 
@@ -1497,12 +1562,12 @@ def read_rows(args) -> pandas.DataFrame:
     rows = convert(parse_sources(args.data), args.pairs, args.seed, folder, args.num_proc)
     rows = frame(rows, *CONVERTED)
     rows["where"] = rows.source + ":" + rows.row.astype(str)
-    print(reason_lines(by_reason(rows)), reason_lines(by_reason(unread_columns(rows))), sep="\n")
+    print(reason_lines(by_reason(rows)), reason_lines(by_reason(rows, "unread")), sep="\n")
     return rows[rows.refused.isna()].reset_index(drop=True)
 
 
 def write_rows(args, rows, marks, **report):
-    """rows.jsonl: the rows' lines with the columns `marks`; report.json. Returns the report."""
+    """rows.jsonl: the rows' lines with the columns `marks`. report.json: what is returned."""
     out = Path(args.output)
     marks = rows[marks].astype(object).where(rows[marks].notna(), None).to_dict("records")
     write_lines(out / "rows.jsonl", (json.dumps(json.loads(line) | mark)
@@ -1514,13 +1579,13 @@ def write_rows(args, rows, marks, **report):
 
 
 def grams(text: str, n: int, words: str = r"\w+") -> set[str]:
-    """n-grams of a text's lower-cased words (a regular expression); a shorter text is one gram."""
+    """n-grams of a text's lower-cased words (a regular expression). A shorter text is one gram."""
     tokens = re.findall(words, canonical(text).lower())
     joined = {" ".join(tokens[i:i + n]) for i in range(len(tokens) - n + 1)}
     return joined or {" ".join(tokens) or canonical(text)}
 
 
-def shingles(line) -> list[set]:
+def shingles(line):
     """5-grams of what must be near in each part: a conversation as one, or a pair's prompt, chosen
     and rejected. A sign counts as a word: 1 + 2 is not 1 - 2."""
     fields = json.loads(line)
@@ -1529,12 +1594,12 @@ def shingles(line) -> list[set]:
     return [grams(text, GRAM, r"\w+|[^\w\s]") for text in texts]
 
 
-def jaccard(a: list[set], b: list[set]) -> float:
-    """min over the parts of |A & B| / |A | B|. {1, 2, 3} and {2, 3, 4}: 0.5"""
+def jaccard(a, b):
+    """min over the parts, lists of sets, of |A & B| / |A | B|. {1, 2, 3} and {2, 3, 4}: 0.5"""
     return min(len(x & y) / len(x | y) for x, y in zip(a, b))
 
 
-def near_duplicates(lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def near_duplicates(lines):
     """For each row the earliest *kept* row that it is near to, itself if there is none, and their
     Jaccard: (n,) int64, (n,) float.
 
@@ -1544,14 +1609,16 @@ def near_duplicates(lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
     from tqdm import tqdm
     first, likeness = np.arange(len(lines)), np.ones(len(lines))
     index, kept = RMinHashLSH(NEAR, HASHES, BANDS), {}
-    shingles_of = functools.lru_cache(2000)(lambda k: shingles(lines[k]))
+    cached_shingles = functools.lru_cache(2000)(shingles)
     for i, line in enumerate(tqdm(lines, "near duplicates", unit="row")):
         parts, hashes = shingles(line), RMinHash(num_perm=HASHES, seed=42)
-        for part, of in enumerate(parts):
-            hashes.update([f"{part} {gram}" for gram in of])
-        for k in sorted(index.query(hashes)):
-            if hashes.jaccard(kept[k]) >= LIKELY and jaccard(parts, shingles_of(k)) >= NEAR:
-                first[i], likeness[i] = k, jaccard(parts, shingles_of(k))
+        for number, part in enumerate(parts):
+            hashes.update([f"{number} {gram}" for gram in part])
+        likely = [k for k in index.query(hashes) if hashes.jaccard(kept[k]) >= LIKELY]
+        for k in sorted(likely):
+            exact = jaccard(parts, cached_shingles(lines[k]))
+            if exact >= NEAR:
+                first[i], likeness[i] = k, exact
                 break
         else:
             index.insert(i, hashes)
@@ -1564,19 +1631,15 @@ def dedup(args):
     rows.jsonl. duplicates.jsonl names each dropped row, the row that is kept for it and their
     Jaccard."""
     rows = read_rows(args)
-    first, likeness = first_of_equal(rows.key), np.ones(len(rows))
-    kind = np.where(first == rows.index, "kept", "exact")
+    first = first_of_equal(rows.key)
+    unique, text_of = np.unique(first, return_inverse=True)     # row i has the text of a unique row
+    near, likeness = np.arange(len(unique)), np.ones(len(unique))
     if args.near:
-        unique = np.flatnonzero(kind == "kept")
-        near, likeness[unique] = near_duplicates(rows.line[unique].tolist())
-        first[unique] = unique[near]
-        kind[unique[near != np.arange(len(near))]] = "near"
-        copies = kind == "exact"                            # perhaps of a row dropped as near
-        likeness[copies] = likeness[first[copies]]
-        first[copies] = first[first[copies]]
-    where = rows["where"].to_numpy()
-    dropped = pandas.DataFrame({"row": where, "kept": where[first], "kind": kind,
-                                "jaccard": likeness})[kind != "kept"]
+        near, likeness = near_duplicates(rows.line[unique].tolist())
+    kept = unique[near][text_of]                            # the row that is kept for row i
+    kind = np.select([kept == rows.index, first != rows.index], ["kept", "exact"], "near")
+    dropped = pandas.DataFrame({"row": rows["where"], "kept": rows["where"].to_numpy()[kept],
+                                "kind": kind, "jaccard": likeness[text_of]})[kind != "kept"]
     write_lines(Path(args.output) / "duplicates.jsonl", map(json.dumps, dropped.to_dict("records")))
     counts = pandas.crosstab(rows.source, kind, margins=True, margins_name="total")
     counts = counts.reindex(columns=["kept", "exact", "near"], fill_value=0)
@@ -1590,7 +1653,7 @@ def dedup(args):
 PROMPTS = ("turns", "question", "prompt", "instruction", "problem", "query", "ctx", "sentence")
 
 
-def benchmark_prompts(row) -> list[str]:
+def benchmark_prompts(row):
     """A benchmark row's prompts: its first column of PROMPTS, else its user turns."""
     prompts = next((row[name] for name in PROMPTS if row.get(name)), None)
     if prompts is None:
@@ -1611,8 +1674,9 @@ def read_benchmarks(args):
             except ValueError as error:
                 raise ValueError(f"--against {source.name}:{n}: no prompt found ({error}); a row "
                                  f"needs one of {', '.join(PROMPTS)}, or a conversation") from None
-            for gram in itertools.chain(*(grams(text, BENCHMARK_GRAM) for text in texts)):
-                where_of.setdefault(gram, f"{source.name}:{n}")
+            for text in texts:
+                for gram in grams(text, BENCHMARK_GRAM):
+                    where_of.setdefault(gram, f"{source.name}:{n}")
     return where_of
 
 
@@ -1620,14 +1684,14 @@ def is_long(gram):
     return gram.count(" ") == BENCHMARK_GRAM - 1
 
 
-def shared_gram(line, benchmark) -> str | None:
+def shared_gram(line, benchmark):
     """A gram that a conversation or pair shares with a benchmark's prompt, the longest first. A
     prompt of fewer than 13 words counts only where a whole user turn equals it."""
     fields, shared = json.loads(line), []
     for name in ("messages", "prompt", "chosen", "rejected"):
         for m in fields.get(name, ()):
-            found = grams(m["content"], BENCHMARK_GRAM) & benchmark.keys()
-            shared += [gram for gram in found if m["role"] == "user" or is_long(gram)]
+            common = grams(m["content"], BENCHMARK_GRAM) & benchmark.keys()
+            shared += [gram for gram in common if m["role"] == "user" or is_long(gram)]
     return min(shared, key=lambda gram: (-gram.count(" "), gram), default=None)
 
 
@@ -1653,7 +1717,7 @@ def decontaminate(args):
 
 # ----------------------------------------------------------------------- selection and annotation
 def highest(values, budget: int) -> np.ndarray:
-    """Indices of the `budget` highest values, highest first; ties in the order given; NaN never.
+    """Indices of the `budget` highest values, highest first. Ties keep their order. NaN never.
     Longest, AlpaGasus (chosen's rating) and Argilla (score difference). 1, NaN, 3, 3: 2, 3, 0."""
     values = np.asarray(values, dtype=float)
     return np.argsort(-values, kind="stable")[:np.count_nonzero(~np.isnan(values))][:budget]
@@ -1665,13 +1729,13 @@ def a2(chosen, rejected, budget: int, least: float = 2.0, width: float = 1.0) ->
     others.
 
     Rounds: the best pair of each bin, larger differences first, then the second best, .. until
-    `budget`. Ties in the order given; NaN never. (n,), (n,) -> indices in that order. Scores (9,
+    `budget`. Ties keep their order. NaN never. (n,), (n,) -> indices in that order. Scores (9,
     1), (9, 1), (7, 5), (8, 6), (9, 8), budget 3: 0, 3, 1."""
-    gaps, bins = gap(chosen, rejected), {}
-    for i in highest(np.where(gaps >= least, chosen, np.nan), len(gaps)).tolist():
-        bins.setdefault(np.floor(np.round((gaps[i] - least) / width, 9)), []).append(i)
-    rounds = sorted((place, -b, i) for b, of in bins.items() for place, i in enumerate(of))
-    return np.array([i for *_, i in rounds[:budget]], dtype=int)
+    gaps = gap(chosen, rejected)
+    best_first = highest(np.where(gaps >= least, chosen, np.nan), len(gaps))
+    bins = pandas.Series(np.floor(np.round((gaps[best_first] - least) / width, 9)))
+    place = bins.groupby(bins).cumcount()                   # in its bin, the best is 0
+    return best_first[np.lexsort((-bins, place))][:budget]
 
 
 def diverse(embeddings, order, budget: int, most: float = 0.9) -> np.ndarray:
@@ -1687,13 +1751,22 @@ def diverse(embeddings, order, budget: int, most: float = 0.9) -> np.ndarray:
     return np.array(kept, dtype=int)
 
 
-# The words that DEITA's scorers were trained on
+# What DEITA's scorers were trained on, and what it embeds: FastChat's vicuna_v1.1
 DEITA = {
     "complexity": "You are a helpful assistant. Please identify the complexity score of the "
                   "following user query. \n##Query: {instruction}  \n##Complexity: ",
     "quality": "You are a helpful assistant. Please identify the quality score of the Response "
                "corresponding to the Question. \n #Question#:\n{instruction}\n#Response#:\n"
                "{output} \n##Quality: "}
+VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant "
+          "gives helpful, detailed, and polite answers to the user's questions. ")
+VICUNA_TURNS = {"system": "", "user": "USER: {} ", "assistant": "ASSISTANT: {}</s>"}
+EMBEDDED = 2048                    # tokens of a text that DEITA embeds
+
+
+def vicuna(messages):
+    """The text that DEITA embeds. A row's own system turn is left out, as by the authors."""
+    return VICUNA + "".join(VICUNA_TURNS[m["role"]].format(m["content"]) for m in messages)
 
 
 class Scorer:
@@ -1705,22 +1778,21 @@ class Scorer:
         import torch
         import transformers
         trust = dict(trust_remote_code=trust_remote_code)
+        self.kind, self.key = kind, hash_of(weights_hash(name), kind, file_hash(__file__))
+        with loading(name):
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **trust)
         auto = transformers.AutoModelForCausalLM
         if kind == "reward":
             auto = transformers.AutoModelForSequenceClassification
-        self.kind, self.key = kind, hash_of(weights_hash(name), kind, file_hash(__file__))
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **trust)
-        if kind == "reward":
             write_bos(self.tokenizer)
-        self.model, info = auto.from_pretrained(name, use_safetensors=True,
-                                                output_loading_info=True, **trust)
+        self.model = load_weights(auto, name, **trust)
         self.digits = self.tokenizer.convert_tokens_to_ids(list("123456"))
         known = {*self.digits} - {None, self.tokenizer.unk_token_id}
-        lacking, outputs = sorted(info["missing_keys"])[:3], self.model.config.num_labels
-        fits = {"reward": outputs == 1, "rating": len(known) == 6, "embedding": True}
-        if lacking or not fits[kind]:
-            raise ValueError(f"{name}: no {kind} model. It lacks {lacking}, has {outputs} outputs "
-                             f'and {len(known)} of the tokens "1".."6"')
+        outputs = self.model.config.num_labels
+        fits = {"reward": outputs == 1, "rating": len(known) == 6}
+        if not fits.get(kind, True):
+            raise ValueError(f"{name}: no {kind} model. It has {outputs} outputs and {len(known)} "
+                             'of the tokens "1".."6"')
         config = self.model.config.get_text_config()
         config.pad_token_id = None                          # a classifier then reads the last token
         self.limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
@@ -1728,11 +1800,14 @@ class Scorer:
 
     def __call__(self, text):
         """reward: the output for a rendered conversation. rating: DEITA's sum over k = 1..6 of
-        k softmax(logits of "1".."6")_k at the first generated position. embedding: the last token's
-        last hidden state, a list. None for a text beyond the model's context."""
+        k softmax(logits of "1".."6")_k at the first generated position. embedding: the last hidden
+        state, a list, of the last of the first EMBEDDED tokens. None for another text beyond the
+        model's context."""
         import torch
         ids = self.tokenizer(text, add_special_tokens=self.kind != "reward", return_tensors="pt")
         ids = ids.input_ids.to(self.model.device)                                # (1, T)
+        if self.kind == "embedding":
+            ids = ids[:, :min(EMBEDDED, self.limit)]
         if ids.shape[1] > self.limit:
             return None
         with torch.no_grad():
@@ -1752,7 +1827,7 @@ def score_texts(batch, positions, scorer):
     return {"value": [scorer(text) for text in batch["text"]]}
 
 
-def scores_of(name, kind, texts, args) -> np.ndarray:
+def scores_of(name, kind, texts, args):
     """A scorer's value of every text, NaN if it is too long: (n,), of embeddings (n, D). Cached by
     1,000 texts, so that a killed command loses no more."""
     scorer, values, unique = Scorer(name, kind, args.trust_remote_code), {}, sorted(set(texts))
@@ -1760,17 +1835,14 @@ def scores_of(name, kind, texts, args) -> np.ndarray:
     for start in range(0, len(unique), 1000):
         part = unique[start:start + 1000]
         path = cache_folder(args.cache_dir) / "scores" / f"{hash_of(scorer.key, part)}.arrow"
-        made = cached_map(datasets.Dataset.from_dict({"text": part}), score_texts, path, column, 1,
-                          scorer=scorer)
-        values |= zip(part, made["value"])
-    missing = np.nan
-    if kind == "embedding":
-        missing = np.full(scorer.model.config.get_text_config().hidden_size, np.nan)
-    return np.array([missing if values[text] is None else values[text] for text in texts])
+        scored = cached_map(datasets.Dataset.from_dict({"text": part}), score_texts, path, column,
+                            1, scorer=scorer)
+        values |= zip(part, scored["value"])
+    return np.array([values[text] for text in texts], dtype=float)
 
 
 def weights_hash(model):
-    """A hash of a model's weights and config by content; a Hub id is looked up in its local
+    """A hash of a model's weights and config by content. A Hub id is looked up in its local
     copy."""
     folder = Path(model)
     if not folder.is_dir():
@@ -1782,53 +1854,52 @@ def weights_hash(model):
     return hash_of([[p.name, file_hash(p)] for p in [folder / "config.json", *weights]])
 
 
-def scored_messages(line) -> list[dict]:
+def scored_messages(fields):
     """What SFT-style selection looks at: all turns, or a pair's prompt and chosen answer."""
-    fields = json.loads(line)
     return fields.get("messages") or fields["prompt"] + fields["chosen"]
 
 
-def answer_length(line, tokenizer):
+def answer_length(fields, tokenizer):
     """Tokens that are trained: of all assistant turns, or only of the last (a chosen answer)."""
-    texts = [m["content"] for m in scored_messages(line) if m["role"] == "assistant"]
-    fields = json.loads(line)
-    if "chosen" in fields or fields["last_only"]:
+    texts = [m["content"] for m in scored_messages(fields) if m["role"] == "assistant"]
+    if fields.get("last_only", True):                       # a pair has no such field
         texts = texts[-1:]
     return sum(map(len, tokenizer(texts, add_special_tokens=False).input_ids))
 
 
-def deita_scores(lines, args) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) sum over turns of complexity x quality, NaN if one is too long; (n, D) embeddings."""
-    exchanges, owner, whole = [], [], []
-    for i, messages in enumerate(map(scored_messages, lines)):
-        whole.append("\n".join(f"{m['role']}: {m['content']}" for m in messages))
-        for q, a in zip(messages, messages[1:]):
-            if (q["role"], a["role"]) == ("user", "assistant"):
-                exchanges.append(dict(instruction=q["content"], output=a["content"]))
-                owner.append(i)
-    product, total = np.ones(len(exchanges)), np.zeros(len(whole))
+def deita_scores(conversations, args):
+    """(n,) sum over turns of complexity x quality, NaN if one is too long. (n, D) embeddings."""
+    exchanges, row_of = [], []
+    for i, messages in enumerate(conversations):
+        for question, answer in zip(messages, messages[1:]):
+            if answer["role"] == "assistant":
+                exchanges.append(dict(instruction=question["content"], output=answer["content"]))
+                row_of.append(i)
+    product = np.ones(len(exchanges))
     for kind, name in (("complexity", args.complexity_model), ("quality", args.quality_model)):
-        product *= scores_of(name, "rating", [DEITA[kind].format(**x) for x in exchanges], args)
-    np.add.at(total, owner, product)
-    embeddings = scores_of(args.embedding_model, "embedding", whole, args)
-    total[np.isnan(embeddings).any(1)] = np.nan
-    return total, embeddings
+        texts = [DEITA[kind].format(**exchange) for exchange in exchanges]
+        product *= scores_of(name, "rating", texts, args)
+    embedded = [vicuna(messages) for messages in conversations]
+    embeddings = scores_of(args.embedding_model, "embedding", embedded, args)
+    return np.bincount(row_of, product, len(conversations)), embeddings
 
 
 def select(args):
     """--budget rows by --method, best first, with their selection_score: rows.jsonl; a picture."""
     rows, method = read_rows(args), args.method
-    n, rows["gap"] = len(rows), gap(rows.score_chosen, rows.score_rejected)
-    rated = {"alpagasus": "score_chosen", "argilla": "gap", "a2": "gap"}.get(method)
-    if rated:                                               # of equal rows the first rated stays
-        rows = rows.sort_values(rated, key=lambda x: x.isna(), kind="stable")
-    rows = rows.drop_duplicates("key").sort_index().reset_index(drop=True)
-    rows["selection_score"] = rows[rated] if rated else np.nan
+    rows["gap"] = gap(rows.score_chosen, rows.score_rejected)
+    column = {"alpagasus": "score_chosen", "argilla": "gap", "a2": "gap"}.get(method)
+    rows["selection_score"] = rows.get(column, np.nan)
+    duplicates = int(rows.key.duplicated().sum())
+    rows = rows.sort_values("selection_score", key=pandas.isna, kind="stable")
+    rows = rows.drop_duplicates("key").sort_index().reset_index(drop=True)  # the first rated stays
+    fields = map(json.loads, rows.line)
     if method == "longest":
         tokenizer = load_tokenizer(args.model)
-        rows["selection_score"] = [answer_length(line, tokenizer) for line in rows.line]
+        rows["selection_score"] = [answer_length(row, tokenizer) for row in fields]
     elif method == "deita":
-        rows["selection_score"], embeddings = deita_scores(rows.line, args)
+        conversations = [scored_messages(row) for row in fields]
+        rows["selection_score"], embeddings = deita_scores(conversations, args)
     score = rows.selection_score
     if method != "random" and score.isna().all():
         raise ValueError(f"--method {method}: none of the {len(rows)} rows has the score that it "
@@ -1847,12 +1918,12 @@ def select(args):
         figure(Path(args.output) / "select.png", panels)
     unrated = f", {score.isna().sum():,} rows without a score" * (method != "random")
     print(f"{len(selected):,} of {len(rows):,} rows selected (--budget {args.budget:,}); "
-          f"{n - len(rows):,} duplicates{unrated}")
-    return write_rows(args, selected, ["selection_score"], method=method, duplicates=n - len(rows),
+          f"{duplicates:,} duplicates{unrated}")
+    return write_rows(args, selected, ["selection_score"], method=method, duplicates=duplicates,
                       candidates=len(rows))
 
 
-def fit_ratings(rewards, ratings, degree: int) -> tuple[float, float, np.ndarray]:
+def fit_ratings(rewards, ratings, degree):
     """(low, high, c): the least-squares map from rewards r onto known ratings, sum_k c_k z^k with
     z = (r - low) / (high - low), low and high the extremes of all rewards (LIONs: rescaled,
     fitted).
@@ -1875,31 +1946,37 @@ def annotate(args):
     """A reward model's scores for both answers of every pair, mapped onto the known ratings, which
     stay: rows.jsonl; a picture of the fit."""
     rows = read_rows(args)
-    pairs, tokenizer = [json.loads(line) for line in rows.line], load_tokenizer(args.rm)
+    pairs = [json.loads(line) for line in rows.line]
+    tokenizer = load_tokenizer(args.rm)
     write_bos(tokenizer)
-    texts = [render(tokenizer, p["prompt"] + p[which]) for which in SIDES for p in pairs]
+    texts = []
+    for which in SIDES:
+        texts += [render(tokenizer, pair["prompt"] + pair[which]) for pair in pairs]
     rewards = scores_of(args.rm, "reward", texts, args).reshape(2, -1)           # (2, n)
-    ratings = rows[list(SCORES)].to_numpy().T                                    # (2, n)
+    ratings = rows[[*SCORES]].to_numpy().T                                       # (2, n)
     low, high, c = fit_ratings(rewards.ravel(), ratings.ravel(), args.degree)
     z = (rewards - low) / (high - low)
     predicted = np.clip(np.polynomial.polynomial.polyval(z, c), 1, 10)
     known = ~np.isnan(ratings)
-    rows[[*SCORES]] = np.where(known, ratings, predicted).T
-    rows[[f"reward_{which}" for which in SIDES]] = rewards.T
-    rows[[f"annotated_{which}" for which in SIDES]] = (~known & ~np.isnan(predicted)).T
+    annotated = ~known & ~np.isnan(predicted)
+    columns = dict(score=np.where(known, ratings, predicted), reward=rewards, annotated=annotated)
+    marks = []
+    for name, values in columns.items():
+        names = [f"{name}_{which}" for which in SIDES]
+        rows[names] = values.T
+        marks += names
     figure(Path(args.output) / "annotate.png", [{
         "xlabel": "known rating", "ylabel": "predicted rating", "series": {
             "answers": (ratings[known], predicted[known], "."), "equal": ([1, 10], [1, 10], "-")}}])
-    both, error = rewards[:, ~np.isnan(rewards).any(0)], predicted - ratings
-    report = {"agreement": float((both[0] > both[1]).mean()),
+    both_scored = rewards[:, ~np.isnan(rewards).any(0)]
+    error = predicted - ratings
+    report = {"agreement": float(np.greater(*both_scored).mean()),
               "rated_answers": int((~np.isnan(error)).sum()),
-              "annotated_answers": int((~known & ~np.isnan(predicted)).sum()),
-              "too_long": int(np.isnan(rewards).sum()), "low": low, "high": high,
-              "coefficients": c.tolist(), "mse": float(np.nanmean(error ** 2)),
-              "mae": float(np.nanmean(np.abs(error)))}
+              "annotated_answers": int(annotated.sum()), "too_long": int(np.isnan(rewards).sum()),
+              "low": low, "high": high, "coefficients": c.tolist(),
+              "mse": float(np.nanmean(error ** 2)), "mae": float(np.nanmean(np.abs(error)))}
     print("rating = sum over k of coefficients z^k, z = (reward - low) / (high - low), in 1..10;\n"
           f"agreement of pairs, errors on the rated answers:\n{table([report])}")
-    marks = [*SCORES, "reward_chosen", "reward_rejected", "annotated_chosen", "annotated_rejected"]
     return write_rows(args, rows, marks, pairs=len(rows), **report)
 
 
@@ -1941,7 +2018,8 @@ def parser() -> argparse.ArgumentParser:
         add("--max-length", type=positive, default=2048, help="tokens")
         add("--max-prompt-length", type=positive, default=512,
             help="prompt tokens that truncation keeps at least")
-        add("--packing", choices=["bfd", "concat", "none"], default="bfd", help="for stats")
+        add("--packing", choices=["bfd", "concat", "none"], default="bfd",
+            help="stats: best-fit decreasing, concatenated, or one document per row")
         add("--rows", type=positive, default=3, help="rows to show")
     add = command(dedup)
     add("--near", action="store_true", help=f"Jaccard of word {GRAM}-grams >= {NEAR} is near")
@@ -1974,10 +2052,11 @@ def check_sources(args):
         if path.exists() and (path == out or out in path.parents):
             raise ValueError(f"--output {args.output}: holds the source {source.name}; name "
                              "another folder")
-    for source in parse_sources(args.data) if not args.pairs else ():
+    if args.pairs:
+        return
+    for source in parse_sources(args.data):
         raw = load_source(source, cache_folder(args.cache_dir))
-        _, row = next(raw_rows(raw[:1], [0], source.name), (1, None))
-        if {"chosen", "rejected"} <= set(row or ()):
+        if {"chosen", "rejected"} <= set(first_row(raw, source.name)):
             raise ValueError(f"--data {source.name}: holds preference rows; add --pairs, or their "
                              "rejected answers are lost")
 

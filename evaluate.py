@@ -1,6 +1,6 @@
 """Evaluation (LIONs, arXiv 2407.06542, sections 2 and 4): benchmarks, win rates, margins, curves.
 
-Reads   models (folders of sft.py, dpo.py, online_dpo.py, or Hub ids); questions, templates and
+Reads   models (folders of sft.py, dpo.py, online_dpo.py, or Hub ids). Questions, templates and
         answers in the benchmarks' own formats, as files or hf:OWNER/NAME/PATH of a Hub data set.
 Writes  --output: result.json, which names all that decides the number, answers-*.jsonl and
         replies-*.jsonl. Answers and replies are on disk as they finish, under a hash of all that
@@ -18,13 +18,14 @@ Writes  --output: result.json, which names all that decides the number, answers-
     python evaluate.py report RUNS..
 
 Judges that were shut down: gpt-4-1106-preview, which is Arena-Hard v0.1's and AlpacaEval's, and
-gpt-4-0314 on 2026-03-26; gpt-4, which is MT-Bench's, on 2026-10-23. A number under another judge is
+gpt-4-0314 on 2026-03-26, and gpt-4, MT-Bench's, on 2026-10-23. A number under another judge is
 no number of the benchmark. Compare it with numbers of the same judge alone, and look at how often
 that judge agrees with stored verdicts (`agree`).
 
 Differs from the benchmarks
- 1. A game without a verdict is no battle, and counted. Arena-Hard's 2025 scoring drops its twin.
- 2. A verdict that was cut at the judge's limit is none.
+ 1. A game without a verdict is left out and counted. Arena-Hard's 2025 scoring leaves out the
+    question's other game as well.
+ 2. A reply that was cut at --judge-max-tokens gives no verdict.
  3. The turn that asks for a missing verdict (Arena-Hard 2024) is worded here (FINISH).
  4. Arena-Hard's interval resamples questions. The original's, over battles, stands beside it.
  5. Style control is left out: Arena-Hard fits it over the battles of all models that it judged.
@@ -43,11 +44,12 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-import filelock
 import numpy as np
 import pandas
 import torch
+from numpy.polynomial.polynomial import polyfit, polyval
 
 import data
 from data import (HelpFormatter, hash_of, positive, read_growing, read_json, table, user,
@@ -56,8 +58,8 @@ from dpo import CURVES, copy_of, frozen_logps
 from online_dpo import (ask_llm, check_judge, check_sampling, check_urls, fill, final_text,
                         judge_flags, load_judge, read_prompts, refused_parts, reply_keys,
                         request_flags, sample_phase, sampling_flags)
-from sft import (default_dtype, device, git_commit, init_distributed, plot_curves, prepare_rows,
-                 run_main, torch_dtype)
+from sft import (default_dtype, device, git_commit, init_distributed, log, plot_curves,
+                 prepare_rows, run_main, torch_dtype)
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 SHUT_DOWN = {"gpt-4-1106-preview": "2026-03-26", ANNOTATOR: "2026-03-26",
@@ -71,20 +73,31 @@ ARENA = "hf:lmarena-ai/arena-hard-auto/data"
 MT_BENCH = "hf:spaces/lmsys/mt-bench/data"
 ALPACA = "hf:tatsu-lab/alpaca_eval/alpaca_eval_gpt4_baseline.json"
 MT_TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
-                  "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}     # FastChat's; else 0.7
+                  "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}     # FastChat's, else 0.7
 OPENLLM = [  # Open LLM Leaderboard v1 in lm-evaluation-harness' names, NAME:SHOTS:METRIC
     "arc_challenge:25:acc_norm,none", "hellaswag:10:acc_norm,none", "mmlu:5:acc,none",
     "truthfulqa_mc2:0:acc,none", "winogrande:5:acc,none", "gsm8k:5:exact_match,strict-match"]
+NAMED = ("version", "judge", "annotator", "parse", "limit")     # in a result's folder name
 FINISH = "Please end your judgment now: give the one label that is your final verdict."
 
 
-# ------------------------------------------------------------------------------------------ maths
-LABELS = {"A>>B": (1.0, 3), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, 3)}
-MIRRORED = {"B<<A": "A>>B", "B<A": "A>B", "B=A": "A=B", "A<B": "B>A", "A<<B": "B>>A"}    # 2025
+# ------------------------------------------------------ scoring rules: Arena-Hard, MT-Bench, fits
+LABELS = {  # (score of A, number of battles)
+    "A>>B": (1.0, 3),
+    "A>B": (1.0, 1),
+    "A=B": (0.5, 1),
+    "B>A": (0.0, 1),
+    "B>>A": (0.0, 3)}
+MIRRORED = {  # read by the 2025 rule
+    "B<<A": "A>>B",
+    "B<A": "A>B",
+    "B=A": "A=B",
+    "A<B": "B>A",
+    "A<<B": "B>>A"}
 
 
 def arena_verdict(text: str, parse: str) -> str | None:
-    """Arena-Hard-Auto's label in a judge's text, or None (2406.11939; its code).
+    """Arena-Hard-Auto's label in a judge's text, or None (2406.11939 and its code).
 
     2024: all [[..]] of A, B, <, >, = are one label. 2025: the last [[..]] of the upper-cased text,
     else the last [..]. last: as 2025, of what follows the judge's last thought.
@@ -103,45 +116,54 @@ def arena_verdict(text: str, parse: str) -> str | None:
 
 
 def arena_battles(verdicts: dict, drop_twins: bool = False) -> pandas.DataFrame:
-    """{"QUESTION/GAME": label or None} -> a row per battle of the candidate: its question, and its
-    score, 1 win, 0.5 tie, 0 loss. Game 1 has A = baseline, game 2 is swapped. A strong verdict is 3
-    battles, None is none. drop_twins: it leaves out the question's other game as well."""
+    """{"QUESTION/GAME": label or None} -> a row per battle of the candidate: its question and its
+    score, 1 win, 0.5 tie, 0 loss. Game 1 has A = baseline, game 2 is swapped. A strong verdict
+    counts as 3 battles. A game without a verdict is left out, with drop_twins the question's other
+    game as well."""
     battles = []
     failed = {name[:-2] for name, label in verdicts.items() if label is None and drop_twins}
     for name, label in verdicts.items():
-        question, game = name[:-2], name[-1]
+        question, _, game = name.rpartition("/")
         if label is not None and question not in failed:
             score, times = LABELS[label]
-            battles += [(question, score if game == "2" else 1.0 - score)] * times
+            if game == "1":
+                score = 1.0 - score
+            battles += [(question, score)] * times
     return pandas.DataFrame(battles, columns=["question", "score"])
 
 
 def win_rate(outcomes) -> float | None:
-    """Share of battles won, ties half; None without battles. All battles have the baseline: a
-    Bradley-Terry fit anchored at it, sigmoid(xi) = mean of outcomes, has this closed form."""
+    """Share of battles won, ties half, or None without battles. All battles are with the baseline,
+    so that the mean is the Bradley-Terry fit anchored at it: sigmoid(xi) = mean of outcomes."""
     if len(outcomes) == 0:
         return None
     return float(np.mean(outcomes))
 
 
-def bootstrap(values, draws: int = 1000, seed: int = 0, groups=None, level: float = 95) -> tuple:
+def bootstrap(values, draws=1000, seed=0, groups=None, level=95):
     """Percentiles, around the middle `level` percent, of the mean over resampled items. Equal
     values: no width. For paired comparisons pass one difference per item. groups (n,): items of one
     group, such as a question's battles, are drawn together."""
-    items, rng = pandas.Series(values, dtype=float), np.random.default_rng(seed)
+    items = pandas.Series(values, dtype=float)
     if not len(items):
         return None, None
-    items = items.groupby(items.index if groups is None else np.asarray(groups))
-    total, n = items.sum().to_numpy(), items.size().to_numpy()
-    drawn = (rng.integers(len(n), size=len(n)) for _ in range(draws))
-    means = [total[i].sum() / n[i].sum() for i in drawn]
-    return tuple(map(float, np.percentile(means, [50 - level / 2, 50 + level / 2])))
+    if groups is None:
+        groups = items.index
+    items = items.groupby(np.asarray(groups))
+    total = items.sum().to_numpy()
+    n = items.size().to_numpy()
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(draws):
+        i = rng.integers(len(n), size=len(n))
+        means.append(total[i].sum() / n[i].sum())
+    return tuple(np.percentile(means, [50 - level / 2, 50 + level / 2]).tolist())
 
 
-def scored(values, draws=1000, seed=0, groups=None):
+def scored(values, seed=0, groups=None, draws=1000):
     """{"score", "low", "high"}: the mean and its bootstrap interval."""
-    ends = bootstrap(values, draws, seed, groups)
-    return dict(zip(("score", "low", "high"), (win_rate(values), *ends)))
+    low, high = bootstrap(values, draws, seed, groups)
+    return {"score": win_rate(values), "low": low, "high": high}
 
 
 def mt_rating(text: str, parse: str = "mt-bench") -> float | None:
@@ -150,33 +172,34 @@ def mt_rating(text: str, parse: str = "mt-bench") -> float | None:
     the last one of what follows the judge's last thought."""
     which = 0
     if parse == "last":
-        text, which = final_text(text), -1
-    found = re.findall(r"\[\[(\d+\.?\d*)\]\]", text) or re.findall(r"\[(\d+\.?\d*)\]", text)
-    return float(found[which]) if found else None
+        text = final_text(text)
+        which = -1
+    ratings = re.findall(r"\[\[(\d+\.?\d*)\]\]", text) or re.findall(r"\[(\d+\.?\d*)\]", text)
+    return float(ratings[which]) if ratings else None
 
 
-def quadratic_fit(x, y, draws: int = 1000) -> dict:
-    """Least squares y = c0 + c1 x + c2 x^2 and its vertex -c1 / (2 c2), with 95% intervals by
-    bootstrap of the residuals, in which their scale is drawn too: few points know it badly. Three
-    points have none; nor has the vertex if c2's includes 0.
+def quadratic_fit(x, y, draws=1000):
+    """Least squares y = c0 + c1 x + c2 x^2 and its vertex -c1 / (2 c2), with 95% intervals.
 
+    The intervals bootstrap the residuals and draw their scale as well, which few points determine
+    badly. Three points have no intervals. The vertex has none if the interval of c2 contains 0.
     x, y (n,), at least three different x. y = (x - 2)^2: coefficients 4, -4, 1, vertex 2."""
-    x, y, n = np.asarray(x, dtype=float), np.asarray(y, dtype=float), len(x)
-    if len(np.unique(x)) < 3:
-        raise ValueError(f"a degree-2 fit needs three different x, got {np.unique(x).tolist()}")
-    m, s = x.mean(), x.std()
-    powers = np.vander((x - m) / s, 3, increasing=True)                          # (n, 3)
-    to_x = np.array([[1, -m / s, (m / s) ** 2], [0, 1 / s, -2 * m / s ** 2], [0, 0, 1 / s ** 2]])
-    solve = np.linalg.pinv(powers)                                               # (3, n)
-    c = to_x @ solve @ y
-    fit = dict.fromkeys(("low", "high", "vertex_low", "vertex_high"))
-    fit |= {"n": n, "coefficients": c.tolist(), "vertex": float(-c[1] / (2 * c[2])),
-            "maximum": bool(c[2] < 0)}
+    x, y = np.asarray([x, y], dtype=float)
+    n = len(x)
+    different = np.unique(x).tolist()
+    if len(different) < 3:
+        raise ValueError(f"a degree-2 fit needs three different x, got {different}")
+    c = polyfit(x, y, 2)                                                         # (3,)
+    fit = {"n": n,
+           "coefficients": c.tolist(),
+           "vertex": float(-c[1] / (2 * c[2])),
+           "maximum": bool(c[2] < 0)}
+    fit |= dict.fromkeys(("low", "high", "vertex_low", "vertex_high"))
     if n > 3:
-        fitted, rng = powers @ solve @ y, np.random.default_rng(0)
-        residuals = rng.choice(y - fitted, (draws, n))
-        drawn = fitted + residuals * np.sqrt(n / rng.chisquare(n - 3, (draws, 1)))
-        fits = drawn @ (to_x @ solve).T                                          # (draws, 3)
+        rng = np.random.default_rng(0)
+        residuals = rng.choice(y - polyval(x, c), (draws, n))
+        residuals *= np.sqrt(n / rng.chisquare(n - 3, (draws, 1)))
+        fits = c + polyfit(x, residuals.T, 2).T                                  # (draws, 3)
         fit["low"], fit["high"] = np.percentile(fits, [2.5, 97.5], axis=0).tolist()
         if fit["low"][2] * fit["high"][2] > 0:
             vertex = np.percentile(-fits[:, 1] / (2 * fits[:, 2]), [2.5, 97.5])
@@ -185,7 +208,7 @@ def quadratic_fit(x, y, draws: int = 1000) -> dict:
 
 
 # ------------------------------------------------------------------------ files of the benchmarks
-def read_rows(name, flag) -> list[dict]:
+def read_rows(name, flag):
     """Objects of a .jsonl, .jsonl.gz, .json or .yaml file, or of hf:OWNER/NAME/PATH on the Hub
     (hf:spaces/OWNER/NAME/PATH of a Space)."""
     import yaml
@@ -208,7 +231,7 @@ def read_rows(name, flag) -> list[dict]:
                          f"download it and name the file with {flag}") from None
 
 
-def python_constants(source: str) -> dict:
+def python_constants(source):
     """The constants of a Python file, which is read, not run: strings, numbers, dicts, and names of
     earlier ones."""
     known = {}
@@ -237,18 +260,24 @@ def text_of(turn):
     return turn
 
 
-def read_questions(args) -> list[dict]:
-    """{"id", "turns", "category"} of Arena-Hard's (uid, prompt), MT-Bench's (question_id, turns) or
-    AlpacaEval's (instruction) files, the first --limit of them."""
+class Question(NamedTuple):
+    id: str
+    turns: list[str]               # of the user
+    category: str
+
+
+def read_questions(args):
+    """The first --limit questions of Arena-Hard's file (uid, prompt), MT-Bench's (question_id,
+    turns) or AlpacaEval's (instruction)."""
     questions = []
     for row in read_rows(args.questions, "--questions")[:args.limit]:
         turns = row.get("turns") or [row.get("prompt") or row["instruction"]]
-        questions.append({"id": key_of(row), "turns": [text_of(t) for t in turns],
-                          "category": row.get("category", row.get("dataset", ""))})
+        category = row.get("category", row.get("dataset", ""))
+        questions.append(Question(key_of(row), list(map(text_of, turns)), category))
     return questions
 
 
-def read_answers(name, flag, questions) -> dict[str, list[str]]:
+def read_answers(name, flag, questions):
     """id -> a text per turn, from a file in Arena-Hard's form (messages), FastChat's (choices) or
     AlpacaEval's (output). ValueError if an answer is missing, twice there, or a failed request."""
     answers = {}
@@ -260,16 +289,16 @@ def read_answers(name, flag, questions) -> dict[str, list[str]]:
             texts = [text_of(t) for t in row["choices"][0]["turns"]]
         answers.setdefault(key_of(row), []).append(texts)
     for q in questions:
-        found = answers.get(q["id"], [])
-        if [len(texts) for texts in found] != [len(q["turns"])] or not all(
-                isinstance(text, str) and text != "$ERROR$" for text in found[0]):
-            raise ValueError(f"{flag} {name}: question {q['id']} needs one whole answer, with "
-                             f"{len(q['turns'])} turn(s); it has {len(found)}, or a failed one")
-    return {q["id"]: answers[q["id"]][0] for q in questions}
+        own = answers.get(q.id, [])
+        if [len(texts) for texts in own] != [len(q.turns)] or not all(
+                isinstance(text, str) and text != "$ERROR$" for text in own[0]):
+            raise ValueError(f"{flag} {name}: question {q.id} needs one whole answer, with "
+                             f"{len(q.turns)} turn(s); it has {len(own)}, or a failed one")
+    return {q.id: answers[q.id][0] for q in questions}
 
 
 # --------------------------------------------------------------------------- answers and verdicts
-def sample_answers(args, folder, requests) -> list[dict]:
+def sample_answers(args, folder, requests):
     """{"text", "tokens", "finished"} of (messages, temperature), from answers-*.jsonl if they are
     there, else sampled. --dry-run: texts as long as they may become."""
     tokenizer = template = None
@@ -289,86 +318,97 @@ def sample_answers(args, folder, requests) -> list[dict]:
                        tokens=args.max_new_tokens)
         return [answers.get(key, longest) for key in keys]
     answers = {}
-    for temperature in sorted({t for _, t in requests}):
-        rows = {key: {"key": key, "prompt": messages} for key, (messages, t) in zip(keys, requests)
-                if t == temperature}
-        settings = copy_of(args, temperature=temperature, samples=1)
+    by_temperature = {}
+    for key, (messages, t) in zip(keys, requests):
+        by_temperature.setdefault(t, {})[key] = {"key": key, "prompt": messages}
+    for t, rows in sorted(by_temperature.items()):
+        settings = copy_of(args, temperature=t, samples=1)
         rows = list(rows.values())
         for row in sample_phase(settings, folder, args.model, tokenizer, template, rows):
             answers[row["key"]] = row["answers"][0]
     return [answers[key] for key in keys]
 
 
-def candidate_answers(args, folder, questions, temperature, clean=str) -> tuple[dict, dict]:
-    """--answers, or the model's own, turn after turn: id -> texts; and their counts and lengths.
+def candidate_answers(args, questions, temperature, clean=str):
+    """--answers, or the model's own, turn after turn: id -> texts, and what a result says of them.
     temperature: question -> its own. clean: of a sampled text, before the next turn."""
-    answers, sampled = {q["id"]: [] for q in questions}, []
-    n_turns = max(len(q["turns"]) for q in questions)
+    sampled = []
+    talks = {q.id: [] for q in questions}
     if args.answers:
-        answers, n_turns = read_answers(args.answers, "--answers", questions), 0
+        answers = read_answers(args.answers, "--answers", questions)
+        n_turns = 0
+    else:
+        answers = {q.id: [] for q in questions}
+        n_turns = max(len(q.turns) for q in questions)
     for turn in range(n_turns):
-        now, requests = [q for q in questions if turn < len(q["turns"])], []
-        for q in now:
-            said = answers[q["id"]] + [""]
-            exchanges = [data.ask(question, answer) for question, answer in zip(q["turns"], said)]
-            requests.append((sum(exchanges, [])[:-1], temperature(q)))
-        for q, a in zip(now, sample_answers(args, folder, requests)):
-            answers[q["id"]].append(clean(a["text"]))
+        asked = [q for q in questions if turn < len(q.turns)]
+        requests = []
+        for q in asked:
+            talks[q.id].append(user(q.turns[turn]))
+            requests.append((talks[q.id], temperature(q)))
+        for q, a in zip(asked, sample_answers(args, args.shared, requests)):
+            text = clean(a["text"])
+            answers[q.id].append(text)
+            talks[q.id].append(data.assistant(text))
             sampled.append(a)
     texts = list(itertools.chain(*answers.values()))
-    counts = {"empty_answers": sum(not text.strip() for text in texts),
-              "mean_answer_characters": float(np.mean([len(text) for text in texts]))}
+    about = {"model": args.model or args.answers,
+             "questions": len(questions),
+             "empty_answers": sum(not text.strip() for text in texts),
+             "mean_answer_characters": float(np.mean(list(map(len, texts))))}
     if sampled:
-        counts |= {"truncated_answers": sum(not a["finished"] for a in sampled),
-                   "mean_answer_tokens": float(np.mean([a["tokens"] for a in sampled])),
-                   "model_refused_parts": refused_parts(sampled)}
-    return answers, counts
+        about |= {"truncated_answers": sum(not a["finished"] for a in sampled),
+                  "mean_answer_tokens": float(np.mean([a["tokens"] for a in sampled])),
+                  "model_refused_parts": refused_parts(sampled)}
+    return answers, about
 
 
-def judged(args, folder, calls, parse, follow_up=None) -> tuple[dict, dict]:
-    """calls {id: messages} -> {id: parse(the judge's text) or None}, and counts. follow_up: one
-    more user turn for a first reply without any label; both texts are parsed together."""
+def judged(args, calls, parse, usual_judge, follow_up=None):
+    """calls {id: messages} -> {id: parse(the judge's text) or None}, and what a result says of
+    them. follow_up: one more user turn for a first reply without any label. Then both texts are
+    parsed together."""
     settings = dict(max_tokens=args.judge_max_tokens, temperature=args.judge_temperature)
     if args.dry_run:
-        return {}, dry_run(args, folder, calls, settings)
-    replies = ask_llm(args, args.judge, calls, folder, **settings)
+        return {}, dry_run(args, calls, settings)
+    replies = ask_llm(args, args.judge, calls, args.shared, **settings)
     records = list(replies.values())
     texts = {name: record["reply"] or "" for name, record in replies.items()}
     if follow_up:
         second = {f"{name}+": [*calls[name], data.assistant(text), user(follow_up)]
                   for name, text in texts.items()
                   if text and not re.search(r"\[\[[AB<>=]+\]\]", text)}
-        for name, record in ask_llm(args, args.judge, second, folder, **settings).items():
+        for name, record in ask_llm(args, args.judge, second, args.shared, **settings).items():
             texts[name[:-1]] += "\n" + (record["reply"] or "")
             records.append(record)
             replies[name[:-1]] = record
     verdicts = {name: parse(text) for name, text in texts.items()}
     unfinished = [name for name, r in replies.items() if not r.get("finished", True)]
     verdicts |= dict.fromkeys(unfinished)                   # whatever marks they contain
-    counts = {"calls": len(calls), "failed": sum(r["reply"] is None for r in records),
-              "unfinished": len(unfinished), "unparsed": list(verdicts.values()).count(None),
+    counts = {"calls": len(calls),
+              "failed": sum(r["reply"] is None for r in records),
+              "unfinished": len(unfinished),
+              "unparsed": list(verdicts.values()).count(None),
               "judge_refused_parts": refused_parts(records)}
-    print(f"{counts}: an unparsed verdict is neither win nor loss; the same command asks failed "
-          "requests again", file=sys.stderr)
-    return verdicts, counts
+    log(f"{counts}: an unparsed verdict is neither win nor loss; the same command asks failed "
+        "requests again")
+    return verdicts, counts | {"parse": args.parse} | about_judge(args.judge, usual_judge)
 
 
-def about_judge(judge, usual) -> dict:
+def about_judge(judge, usual):
     """What a result says of its judge."""
     gone = SHUT_DOWN.get(judge)
     if gone:
-        print(f"--judge {judge} was shut down on {gone}: name a judge that exists",
-              file=sys.stderr)
+        log(f"--judge {judge} was shut down on {gone}: name a judge that exists")
     return {"judge": judge, "judge_is_the_benchmarks": judge == usual, "judge_shut_down": gone}
 
 
-def dry_run(args, folder, calls, settings):
+def dry_run(args, calls, settings):
     """What is not on disk yet: calls, tokens in (bytes / 4) and at most out, and their cost."""
-    known = {r["key"] for r in read_growing(folder, "replies") if r["reply"] is not None}
+    known = {r["key"] for r in read_growing(args.shared, "replies") if r["reply"] is not None}
     keys = reply_keys(args.judge, calls, **settings)
     todo = [json.dumps(calls[name]) for name, key in keys.items() if key not in known]
     tokens = sum(map(len, todo)) // 4, len(todo) * args.judge_max_tokens
-    cost = args.price and sum(n * price for n, price in zip(tokens, args.price)) / 1e6
+    cost = args.price and np.dot(tokens, args.price).item() / 1e6
     return {"dry_run": True, "calls": len(todo), "tokens_in": tokens[0],
             "tokens_out_at_most": tokens[1], "cost_at_most": cost}
 
@@ -377,39 +417,53 @@ def finish(args, folder, result):
     """result.json: the score with all that decides it."""
     import transformers
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-    flags = {k: v for k, v in vars(args).items() if k != "run"}
-    result = {"command": args.command, **result, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-              "git": git_commit(), "versions": versions, "flags": flags, "output": str(folder)}
+    flags = {k: v for k, v in vars(args).items() if k not in ("run", "default", "shared")}
+    result = {"command": args.command,
+              **result,
+              "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+              "git": git_commit(),
+              "versions": versions,
+              "flags": flags,
+              "output": str(folder)}
     write_json(folder / "result.json", result)
     return result
 
 
-def output_folder(args) -> Path:
-    """--output, else MODEL/evaluate/COMMAND, or runs/evaluate/COMMAND if MODEL is no folder
-    here."""
-    model = getattr(args, "model", None)
-    base = Path(model) if model and Path(model).is_dir() else Path("runs")
-    return Path(args.output or base / "evaluate" / args.command)
+def output_folders(args):
+    """The folder of answers and replies: --output, else MODEL/evaluate/COMMAND, or
+    runs/evaluate/COMMAND if MODEL is no folder here. And the folder of the result: the same, but
+    COMMAND-FLAG-VALUE for flags of NAMED that are set, so that no result replaces another."""
+    model = getattr(args, "model", None) or ""
+    base = Path(model if os.path.isdir(model) else "runs")
+    folder = base / "evaluate" / args.command
+    name = args.command
+    for flag in NAMED:
+        value = getattr(args, flag, None)
+        if value != args.default(flag):
+            name += f"-{flag}-{value}".replace("/", "--")
+    return Path(args.output or folder), Path(args.output or folder.with_name(name))
 
 
 # ------------------------------------------------------------------------------------- benchmarks
-def judge_call(template, values, where) -> list[dict]:
+def judge_call(template, values, where):
     """A judge's messages from a template with system_prompt and prompt_template."""
     text = template["prompt_template"]
     text = fill(text if isinstance(text, str) else text[0], values, where)
     return [{"role": "system", "content": template["system_prompt"]}, user(text)]
 
 
-def arena_templates(args, questions) -> dict:
+def arena_templates(args, questions):
     """category -> {"prompt_template", "system_prompt", "baseline"}, from the benchmark's files: the
     judge_config.yaml of 2024, or today's config and judge_utils.py. Placeholders of both years."""
     template = {}
     for name in args.templates:
         template |= read_rows(name, "--templates")[0]
-    known, templates = template.pop("JUDGE_SETTINGS", {}), {}
-    for category in {q["category"] for q in questions}:
-        own = template | known.get(category, {})
-        own["baseline"] = args.baseline or own.get("baseline")
+    known = template.pop("JUDGE_SETTINGS", {})
+    templates = {}
+    for category in {q.category for q in questions}:
+        own = {"baseline": None} | template | known.get(category, {})
+        if args.baseline:
+            own["baseline"] = args.baseline
         if not {"prompt_template", "system_prompt"} <= own.keys() or not own["baseline"]:
             raise ValueError(f"--templates {' '.join(args.templates)}: no prompt_template, "
                              f"system_prompt or baseline of category {category}; name the config "
@@ -418,102 +472,106 @@ def arena_templates(args, questions) -> dict:
     return templates
 
 
-def arena_calls(questions, mine, theirs, templates, where) -> dict:
+def arena_calls(questions, mine, theirs, templates, where):
     """{"QUESTION/GAME": messages} of both games. Game 1: A is the baseline."""
     calls = {}
     for q in questions:
-        a, b = theirs[q["id"]][0], mine[q["id"]][0]
-        for game, (first, second) in ((1, (a, b)), (2, (b, a))):
-            values, texts = {}, (q["turns"][0], first, second)
+        a = theirs[q.id]                                    # one text each
+        b = mine[q.id]
+        for game, answers in (("1", a + b), ("2", b + a)):
+            values = {}
             for names in PLACEHOLDERS:
-                values |= zip(names, texts)
-            calls[f"{q['id']}/{game}"] = judge_call(templates[q["category"]], values, where)
+                values |= zip(names, [q.turns[0], *answers])
+            calls[f"{q.id}/{game}"] = judge_call(templates[q.category], values, where)
     return calls
 
 
-def arena_hard(args):
+def arena_hard(args, folder):
     """Arena-Hard-Auto v0.1 or v2.0, or the paper's Arena-Hard-Auto* (star): two swapped games
     against a baseline. The judge of v0.1 was shut down on 2026-03-26."""
     name, usual_judge, max_tokens, parse, baseline = VERSIONS[args.version]
-    args.judge, args.parse = args.judge or usual_judge, args.parse or parse
+    args.judge = args.judge or usual_judge
     args.judge_max_tokens = args.judge_max_tokens or max_tokens
-    args.baseline, args.questions = (args.baseline or baseline,
-                                     args.questions or f"{ARENA}/{name}/question.jsonl")
-    folder, questions = output_folder(args), read_questions(args)
-    templates, theirs = arena_templates(args, questions), {}
-    for baseline in sorted({t["baseline"] for t in templates.values()}):
-        file = fill(args.baseline_answers or f"{ARENA}/{name}/model_answer/{{baseline}}.jsonl",
-                    {"baseline": baseline}, "--baseline-answers")
-        of = [q for q in questions if templates[q["category"]]["baseline"] == baseline]
+    args.parse = args.parse or parse
+    args.baseline = args.baseline or baseline
+    args.questions = args.questions or f"{ARENA}/{name}/question.jsonl"
+    questions = read_questions(args)
+    templates = arena_templates(args, questions)
+    theirs = {}
+    files = args.baseline_answers or f"{ARENA}/{name}/model_answer/{{baseline}}.jsonl"
+    for category, template in templates.items():
+        file = fill(files, {"baseline": template["baseline"]}, "--baseline-answers")
+        of = [q for q in questions if q.category == category]
         theirs |= read_answers(file, "--baseline-answers", of)
-    mine, counts = candidate_answers(args, folder, questions, lambda q: 0.0)
+    mine, about_answers = candidate_answers(args, questions, lambda q: 0.0)
     calls = arena_calls(questions, mine, theirs, templates, " ".join(args.templates))
-    verdicts, more = judged(args, folder, calls, lambda text: arena_verdict(text, args.parse),
-                            FINISH if args.parse == "2024" else None)
+    follow_up, level = {"2024": (FINISH, 95), "2025": (None, 90), "last": (None, 95)}[args.parse]
+    verdicts, about_verdicts = judged(args, calls, lambda text: arena_verdict(text, args.parse),
+                                      usual_judge, follow_up)
     if args.dry_run:
-        return more
+        return about_verdicts
     write_json(folder / "games.json", verdicts)
     battles = arena_battles(verdicts, drop_twins=args.parse == "2025")
-    categories = {q["id"]: q["category"] for q in questions}
-    battles["category"] = battles.question.map(categories)
-    by_category = {category: scored(100 * part.score, 1000, args.seed, part.question)
-                   for category, part in battles.groupby("category")}
-    level = 90 if args.parse == "2025" else 95              # the original's, over battles
-    original = bootstrap(100 * battles.score, 100, args.seed, level=level)
+    category = battles.question.map({q.id: q.category for q in questions})
+    battles["score"] *= 100
     if args.version == "star":
         name += "*"
     if args.limit:
         name += f", first {len(questions)} questions"
-    about = {"benchmark": name, "parse": args.parse,
-             "model": args.model or args.answers, "baseline": args.baseline,
-             "template": hash_of(templates), "battles": len(battles),
-             "questions": len(questions), "categories": by_category,
-             "original_interval": original, "original_level": level, "style_control": None}
-    score = scored(100 * battles.score, 1000, args.seed, battles.question)
-    return finish(args, folder, counts | more | score | about | about_judge(args.judge,
-                                                                            usual_judge))
+    score = scored(battles.score, args.seed, battles.question)
+    return finish(args, folder, about_answers | about_verdicts | score | {
+        "benchmark": name,
+        "baseline": args.baseline,
+        "template": hash_of(templates),
+        "battles": len(battles),
+        "style_control": None,
+        "categories": {name: scored(part.score, args.seed, part.question)
+                       for name, part in battles.groupby(category)},
+        "original_interval": bootstrap(battles.score, 100, args.seed, level=level),
+        "original_level": level})
 
 
-def mt_bench(args):
+def mt_bench(args, folder):
     """MT-Bench: two turns, each graded alone on 1 to 10, some against a reference. Its judge,
     gpt-4, was shut down on 2026-10-23."""
-    folder, questions = output_folder(args), read_questions(args)
+    questions = read_questions(args)
+    calls = {}
+    rows = []
     templates = {r["name"]: r for r in read_rows(args.templates, "--templates")}
     references = read_answers(args.references, "--references", [
-        q for q in questions if q["category"] in ("math", "reasoning", "coding")])
-    answers, counts = candidate_answers(
-        args, folder, questions, lambda q: MT_TEMPERATURE.get(q["category"], 0.7), str.strip)
-    calls, rows = {}, []
+        q for q in questions if q.category in ("math", "reasoning", "coding")])
+    answers, about_answers = candidate_answers(
+        args, questions, lambda q: MT_TEMPERATURE.get(q.category, 0.7), str.strip)
     for q in questions:
-        values = {"question": q["turns"][0], "answer": answers[q["id"]][0]}
-        for n, (question, answer) in enumerate(zip(q["turns"], answers[q["id"]]), 1):
+        values = {"question": q.turns[0], "answer": answers[q.id][0]}
+        kind = "single-v1"
+        for n, reference in enumerate(references.get(q.id, ()), 1):
+            values[f"ref_answer_{n}"] = reference
+            kind = "single-math-v1"
+        for n, (question, answer) in enumerate(zip(q.turns, answers[q.id]), 1):
             values |= {f"question_{n}": question, f"answer_{n}": answer}
-            if q["id"] in references:
-                values[f"ref_answer_{n}"] = references[q["id"]][n - 1]
-            kind = "single-math-v1" if q["id"] in references else "single-v1"
-            if n > 1:
-                kind += "-multi-turn"
-            calls[f"{q['id']}/{n}"] = judge_call(templates[kind], values, args.templates)
-            rows.append({"id": q["id"], "category": q["category"], "turn": f"turn {n}"})
-    ratings, more = judged(args, folder, calls, lambda text: mt_rating(text, args.parse))
+            template = templates[kind + "-multi-turn" * (n > 1)]
+            calls[f"{q.id}/{n}"] = judge_call(template, values, args.templates)
+            rows.append({"id": q.id, "category": q.category, "turn": f"turn {n}"})
+    ratings, about_ratings = judged(args, calls, lambda text: mt_rating(text, args.parse), "gpt-4")
     if args.dry_run:
-        return more
+        return about_ratings
     write_json(folder / "ratings.json", ratings)
-    rows = pandas.DataFrame(rows).assign(rating=pandas.Series(ratings.values(), dtype=float))
-    groups = pandas.concat([rows.set_index("category").rating, rows.set_index("turn").rating])
-    means = groups.groupby(level=0, sort=False).mean().astype(object)
-    means = means.where(means.notna(), None).to_dict()
+    rows = pandas.DataFrame(rows).assign(rating=np.array([*ratings.values()], dtype=float))
+    groups = rows.melt("rating", ["category", "turn"]).groupby("value", sort=False)
+    means = groups.rating.mean()
     rated = rows.dropna(subset="rating")
-    score = scored(rated.rating, 1000, args.seed, rated.id)
-    bars = {k: v or 0.0 for k, v in (means | {"overall": score["score"]}).items()}
+    score = scored(rated.rating, args.seed, rated.id)
+    bars = means.fillna(0.0).to_dict() | {"overall": score["score"] or 0.0}
     data.figure(folder / "mt-bench.png", [
         {"xlabel": "MT-Bench rating", "xlim": (0, 10), "series": bars}])
-    return finish(args, folder, counts | more | score | {
-        "benchmark": "mt-bench", "model": args.model or args.answers, "baseline": None,
-        "parse": args.parse, "template": hash_of(templates), "categories": means,
-        "questions": len(questions), "with_reference": len(references),
-        "out_of_scale": int((~rated.rating.between(1, 10)).sum())}
-        | about_judge(args.judge, "gpt-4"))
+    return finish(args, folder, about_answers | about_ratings | score | {
+        "benchmark": "mt-bench",
+        "baseline": None,
+        "template": hash_of(templates),
+        "categories": without_nan(means).to_dict(),
+        "with_reference": len(references),
+        "out_of_scale": int((~rated.rating.between(1, 10)).sum())})
 
 
 def needs(package, install):
@@ -524,42 +582,49 @@ def needs(package, install):
         raise ValueError(f"{package} cannot be imported ({error}); pip install {install}") from None
 
 
-def alpaca_eval(args):
-    """AlpacaEval-2: outputs in its format; the alpaca_eval package annotates and computes win
+def alpaca_eval(args, folder):
+    """AlpacaEval-2: outputs in its format. The alpaca_eval package annotates and computes win
     rates, their standard errors and the mean length. The default annotator's judge,
     gpt-4-1106-preview, was shut down on 2026-03-26."""
     package = needs("alpaca_eval", 'alpaca_eval==0.6.6 "setuptools<81"')
-    folder, questions = output_folder(args), read_questions(args)
-    answers, counts = candidate_answers(args, folder, questions, lambda q: args.temperature)
-    name = (args.model or Path(args.answers).name).strip("/").replace("/", "--")
-    outputs = [{"instruction": q["turns"][0], "output": answers[q["id"]][0], "generator": name,
-                "dataset": q["category"]} for q in questions]
+    questions = read_questions(args)
+    answers, about_answers = candidate_answers(args, questions, lambda q: args.temperature)
+    name = name_of(args.model or Path(args.answers).name)
+    outputs = [{"instruction": q.turns[0],
+                "output": answers[q.id][0],
+                "generator": name,
+                "dataset": q.category} for q in questions]
     write_json(folder / "outputs.json", outputs)
     baseline = args.reference_outputs or args.questions
     reference = read_rows(baseline, "--reference-outputs")[:args.limit]
     if [r.get("instruction") for r in reference] != [o["instruction"] for o in outputs]:
         raise ValueError(f"--reference-outputs {baseline}: needs one per instruction, in order")
     os.environ["OPENAI_BASE_URL"] = args.judge_url          # how its client takes an endpoint
-    metric = "length_controlled_winrate" if args.length_controlled else "win_rate"
+    metric = "win_rate"
+    function = "get_winrate"
+    settings = {}
+    if args.length_controlled:
+        metric = "length_controlled_winrate"
+        function = "get_length_controlled_winrate"
+        settings = {"save_weights_dir": None}
     board, annotations = package.evaluate(
         model_outputs=outputs, reference_outputs=reference, annotators_config=args.annotator,
-        name=name, output_path=str(folder), caching_path=str(folder / "annotations-cache.json"),
-        is_return_instead_of_print=True, precomputed_leaderboard=None, is_cache_leaderboard=False,
-        sort_by=metric, fn_metric=f"get_{metric.replace('win_rate', 'winrate')}",
-        metric_kwargs={"save_weights_dir": None} if args.length_controlled else {},
+        name=name, output_path=str(folder), is_return_instead_of_print=True,
+        caching_path=str(args.shared / "annotations-cache.json"), precomputed_leaderboard=None,
+        is_cache_leaderboard=False, sort_by=metric, fn_metric=function, metric_kwargs=settings,
         annotation_kwargs={"chunksize": args.concurrency, "num_procs": args.concurrency})
     row = json.loads(board.loc[name].to_json())
     preferences = pandas.Series([a.get("preference") for a in annotations], dtype=float)
-    return finish(args, folder, counts | row | {
-        "benchmark": "alpaca-eval-2", "model": args.model or args.answers,
-        "baseline": reference[0].get("generator"), "questions": len(questions),
-        "unparsed": int(preferences.isna().sum()), "score": row[metric],
-        "stderr": row.get("lc_standard_error", row.get("standard_error"))}
-        | about_judge(args.annotator, ANNOTATOR))
+    return finish(args, folder, about_answers | row | about_judge(args.annotator, ANNOTATOR) | {
+        "benchmark": "alpaca-eval-2",
+        "baseline": reference[0].get("generator"),
+        "unparsed": int(preferences.isna().sum()),
+        "score": row[metric],
+        "stderr": row.get("lc_standard_error", row.get("standard_error"))})
 
 
-def subject_scores(results: dict, task: str, metric: str) -> dict[str, float]:
-    """The metric of each subject of a group task such as MMLU; {} of a plain task. The leaderboard
+def subject_scores(results, task, metric):
+    """The metric of each subject of a group task such as MMLU, {} of a plain task. The leaderboard
     takes their plain mean. The harness weighs subjects by their questions."""
     members = results.get("group_subtasks", {}).get(task, [])
     scores = {}
@@ -569,12 +634,14 @@ def subject_scores(results: dict, task: str, metric: str) -> dict[str, float]:
     return scores
 
 
-def openllm(args):
+def openllm(args, folder):
     """Open LLM Leaderboard v1 by lm-evaluation-harness: six tasks, their shots and metrics, their
     mean. The harness keeps its answers in the output folder."""
     lm_eval = needs("lm_eval", '"lm-eval[hf]==0.4.13"')
     from lm_eval.tasks import TaskManager
-    folder, tasks = output_folder(args), {}
+    from transformers import AutoModelForCausalLM
+    data.load_weights(AutoModelForCausalLM, args.model)     # the harness would only warn
+    tasks = {}
     dtype = str(torch_dtype(args.dtype)).removeprefix("torch.")
     for text in args.tasks or OPENLLM:
         name, shots, metric = (text.split(":") + ["", ""])[:3]
@@ -582,19 +649,19 @@ def openllm(args):
             model="hf", model_args=f"pretrained={args.model},dtype={dtype}", batch_size="auto",
             tasks=[name], num_fewshot=int(shots) if shots else None, limit=args.limit,
             task_manager=TaskManager(include_path=args.include_path), log_samples=False,
-            use_cache=str(folder / data.weights_hash(args.model)),
-            device=str(device()),
+            use_cache=str(args.shared / data.weights_hash(args.model)), device=str(device()),
             apply_chat_template=args.apply_chat_template)
         if results is None:                                 # ranks above 0 of `accelerate launch`
             return {}
         values = results["results"][name]
         metric = metric or next(k for k in values if "," in k and "_stderr" not in k)
-        tasks[name] = {"score": 100 * values[metric], "metric": metric, "shots": shots,
+        score = 100 * values[metric]
+        tasks[name] = {"score": score, "metric": metric, "shots": shots,
                        "stderr": 100 * values.get(metric.replace(",", "_stderr,"), math.nan)}
         subjects = subject_scores(results, name, metric)
         if subjects:
-            tasks[name] |= {"score": win_rate(list(subjects.values())),
-                            "by_question": 100 * values[metric], "subjects": subjects}
+            tasks[name] |= {"score": win_rate(list(subjects.values())), "by_question": score,
+                            "subjects": subjects}
     shown = pandas.DataFrame(tasks).T.drop(columns="subjects", errors="ignore")
     print(table(shown.reset_index(names="task")), file=sys.stderr)
     return finish(args, folder, {
@@ -603,46 +670,56 @@ def openllm(args):
 
 
 # -------------------------------------------------------------------------- models against models
-def prompt_answers(args, model, folder) -> tuple[list[dict], list[dict], str]:
-    """(prompts of --data, a model's answers to them, the data's hash)."""
+def prompt_answers(args, model, folder, expected=None):
+    """(prompts of --data, a model's answers to them, the data's hash). ValueError if the prompts
+    are not the expected ones: tokenizers and context lengths decide which prompts a model takes."""
     args = copy_of(args, model=model)
     tokenizer = data.load_tokenizer(model)
     rows, key = read_prompts(args, tokenizer, data.set_template(tokenizer, args.chat_template))
     rows = rows[:args.limit]
+    if expected not in (None, rows):
+        raise ValueError(f"--data: {model} takes {len(rows)} prompts and the model before it "
+                         f"{len(expected)}, not the same ones. Lower --max-new-tokens, or leave "
+                         "out prompts that one of them cannot take")
     return rows, sample_answers(args, folder, [(r["prompt"], args.temperature) for r in rows]), key
 
 
-def judge(args):
+def judge(args, folder):
     """Win rates of every run against every other on --data's prompts, by any judge of
     online_dpo.py."""
     check_judge(args)
-    folder, answers, rates = output_folder(args), {}, {}
-    args.output = str(folder)
+    answers = {}
+    rates = {}
+    rows = None
     for run in args.runs:
-        rows, answers[name_of(run)], key = prompt_answers(args, run, folder)
-    scores, names = load_judge(args), list(answers)
-    for a, b in itertools.combinations(names, 2):
-        both = list(zip(answers[a], answers[b]))
-        differ = [n for n, (x, y) in enumerate(both) if x["text"].strip() != y["text"].strip()]
-        duels = [{**rows[n], "answers": both[n], "key": f"{a}/{b}/{rows[n]['key']}"}
-                 for n in differ]
-        gaps = np.zeros(0)
-        if duels:
-            gaps = np.diff(scores(duels), axis=1)[:, 0]
-        # an LLM's gap sums two orders' verdicts, -2 to 2; of other judges only the sign counts
-        if not args.judge.startswith("llm:"):
-            gaps = 2 * np.sign(gaps)
+        rows, answers[name_of(run)], key = prompt_answers(args, run, args.shared, rows)
+    scores = load_judge(copy_of(args, output=args.shared))
+    for a, b in itertools.combinations(answers, 2):
+        differ = []
+        duels = []
+        for n, (row, x, y) in enumerate(zip(rows, answers[a], answers[b])):
+            if x["text"].strip() != y["text"].strip():
+                differ.append(n)
+                duels.append(row | {"answers": (x, y), "key": f"{a}/{b}/{row['key']}"})
         outcomes = np.full(len(rows), 0.5)                  # equal answers are a tie
-        outcomes[differ] = (1 + gaps / 2) / 2
+        if duels:
+            gaps = np.diff(scores(duels), axis=1)[:, 0]     # of an LLM: two verdicts, -2 to 2
+            if not args.judge.startswith("llm:"):           # of other judges the sign counts
+                gaps = 2 * np.sign(gaps)
+            outcomes[differ] += gaps / 4
         rates[f"{b} over {a}"] = scored(outcomes) | {"equal": len(rows) - len(differ)}
-    print(table([{"duel": duel} | of for duel, of in rates.items()]), file=sys.stderr)
+    log(table([{"duel": duel} | of for duel, of in rates.items()]))
     truncated = {name: sum(not a["finished"] for a in of) for name, of in answers.items()}
-    return finish(args, folder, {"models": args.runs, "judge": args.judge, "data": key,
-                                 "win_rates": rates, "prompts": len(rows),
-                                 "truncated_answers": truncated})
+    return finish(args, folder, {
+        "models": args.runs,
+        "judge": args.judge,
+        "data": key,
+        "win_rates": rates,
+        "prompts": len(rows),
+        "truncated_answers": truncated})
 
 
-def both_orders(judge, rows) -> np.ndarray:
+def both_orders(judge, rows):
     """(n, 2): how far the answer shown first wins, for a row's two answers as they are and swapped.
     NaN: no verdict."""
     if judge.compare:
@@ -651,110 +728,139 @@ def both_orders(judge, rows) -> np.ndarray:
     return np.stack([-np.diff(judge(part))[:, 0] for part in (rows, swapped)], axis=1)
 
 
-def agreement(orders, gap, longer, prompts, bins: int = 5) -> dict:
+def agreement(orders, gap, longer, prompts, bins=5):
     """A judge against stored verdicts, in percent, with intervals that resample prompts.
 
     orders (n, 2): how far the preferred answer wins, shown first, and how far the other one wins,
     shown first. gap (n,): their stored scores' difference, or NaN. longer (n,): characters that the
     preferred answer has more. prompts (n,): names. A judge agrees if both orders together favour
-    the preferred answer; a tie is a half. orders (1, -1), (1, 1): 100 and 50, so 75; one of two is
-    consistent."""
+    the preferred answer. A tie is a half. orders (1, -1), (1, 1): 100 and 50, so 75, and one of two
+    is consistent."""
     first = np.sign(np.nan_to_num(orders))                  # 1: the answer shown first wins
     favours = np.sign(first[:, 0] - first[:, 1])
-    t = pandas.DataFrame({"score": 50 * (1 + favours), "gap": gap, "longer": longer,
-                          "prompt": prompts})
-    parts = {"all": t, "the preferred one is longer": t[t.longer > 0],
-             "the preferred one is shorter": t[t.longer < 0]}
+    longer = np.sign(longer)
+    t = pandas.DataFrame({"score": 50 * (1 + favours), "gap": gap, "prompt": prompts})
+    parts = {"all": t, "the preferred one is longer": t[longer > 0],
+             "the preferred one is shorter": t[longer < 0]}
     rated = t.dropna(subset="gap").sort_values("gap", kind="stable")
-    for part in np.array_split(np.arange(len(rated)), bins):
-        part = rated.iloc[part]
-        if len(part):
-            name = f"score difference {part.gap.min():.2f} to {part.gap.max():.2f}"
-            parts[name] = part
+    for index in filter(len, np.array_split(rated.index.to_numpy(), bins)):
+        part = t.loc[index]
+        parts[f"score difference {part.gap.min():.2f} to {part.gap.max():.2f}"] = part
     rows = [{"pairs": name, "n": len(part), "difference": part.gap.mean()}
             | scored(part.score, groups=part.prompt) for name, part in parts.items()]
     figures = {"consistent over both orders": (first[:, 0] == -first[:, 1]).mean(),
                "prefers the first": (1 + first).mean() / 2,
-               "prefers the longer": (1 + favours * np.sign(t.longer)).mean() / 2,
-               "stored verdicts prefer the longer": (1 + np.sign(t.longer)).mean() / 2}
-    return {"rows": rows, "percent": {name: float(100 * v) for name, v in figures.items()},
-            "unparsed": int(np.isnan(orders).sum()), "pairs": len(t)}
+               "prefers the longer": (1 + favours * longer).mean() / 2,
+               "stored verdicts prefer the longer": (1 + longer).mean() / 2}
+    return {"rows": rows,
+            "percent": {name: float(100 * v) for name, v in figures.items()},
+            "unparsed": int(np.isnan(orders).sum()),
+            "pairs": len(t)}
 
 
-def agree(args):
+def agree(args, folder):
     """How often a judge prefers the answer that stored verdicts prefer, on rated pairs: in all, by
     score difference, over both orders, and by length. Look here before you believe a judge."""
     check_judge(args)
-    folder, rows = output_folder(args), data.read_rows(args)
-    args.output = str(folder)
+    rows = data.read_rows(args)
     gap = rows.score_chosen - rows.score_rejected
     rows, n = rows.assign(gap=gap)[~(gap <= 0)], len(rows)
     print(f"{n - len(rows)} of {n} pairs have equal or reversed scores and are left out")
     rows = rows.iloc[data.permutation(len(rows), args.seed)[:args.limit]]
-    duels, prompts, longer = [], [], []
+    duels = []
+    prompts = []
+    longer = []
     for key, line in zip(rows.key, rows.line):
         pair = json.loads(line)
         texts = [pair[side][-1]["content"] for side in ("chosen", "rejected")]
-        duels.append({"key": key, "prompt": pair["prompt"], "answer": pair.get("answer"),
+        duels.append({"key": key,
+                      "prompt": pair["prompt"],
+                      "answer": pair.get("answer"),
                       "answers": [{"text": text, "finished": True} for text in texts]})
         prompts.append(json.dumps(pair["prompt"]))
         longer.append(len(texts[0]) - len(texts[1]))
-    result = agreement(both_orders(load_judge(args), duels), rows.gap.to_numpy(), longer, prompts)
+    orders = both_orders(load_judge(copy_of(args, output=args.shared)), duels)
+    result = agreement(orders, rows.gap.to_numpy(), longer, prompts)
     t = pandas.DataFrame(result["rows"])
     bins = t.iloc[3:]
     data.figure(folder / "agree.png", [
-        {"series": {"95% intervals": (bins.difference, bins.score, "o-", abs(
-            bins[["low", "high"]].T - bins.score))}, "xlabel": "difference of the stored scores",
-         "ylabel": "agreement (%)", "ylim": (0, 100), "title": args.judge},
+        {"series": {"95% intervals": (bins.difference, bins.score, "o-", error_bars(bins))},
+         "xlabel": "difference of the stored scores", "ylabel": "agreement (%)",
+         "ylim": (0, 100), "title": Path(args.judge).name},
         {"series": result["percent"], "xlim": (0, 100), "xlabel": "% of pairs"}])
-    print(f"{table(t)}\n{table([result['percent']])}", file=sys.stderr)
+    log(f"{table(t)}\n{table([result['percent']])}")
     everything = {k: result["rows"][0][k] for k in ("score", "low", "high")}
     return finish(args, folder, result | everything | {"judge": args.judge, "data": args.data})
+
+
+def error_bars(t):
+    """(2, n) distances of the ends of t's intervals from its scores, 0 where there are none."""
+    ends = t[["low", "high"]].astype(float).T.fillna(t.score)
+    return (ends - t.score).abs()
 
 
 def name_of(folder):
     return folder.strip("/").replace("/", "--").removeprefix("runs--")
 
 
-def stages(args):
+def stages(args, _):
     """Exact match of runs on --data's reference answers, win rates over the run before, and margins
-    on --pairs; without RUNS those of the demo's stages."""
-    runs, rows, before = [read_run(r) for r in args.runs], [], None
+    on --pairs. Without RUNS: those of the demo's stages."""
+    runs = [read_run(r) for r in args.runs]
+    rows = []
+    prompts = None
+    before = None
     margins_of, _ = pair_margins(args, [str(r["folder"]) for r in runs])
     for run, m in zip(runs, margins_of):
         folder = run["folder"] / "evaluate" / "exact-match"
-        prompts, answers, key = prompt_answers(args, str(run["folder"]), folder)
-        samples = [{"prompt": p["prompt"], "reference": p["answer"], "answer": a["text"],
+        model = str(run["folder"])
+        prompts, answers, key = prompt_answers(args, model, folder, prompts)
+        samples = [{"prompt": p["prompt"],
+                    "reference": p["answer"],
+                    "answer": a["text"],
                     "correct": data.final_answer(a["text"]) == p["answer"]}
                    for p, a in zip(prompts, answers) if p["answer"] is not None]
         write_lines(folder / "samples.jsonl", map(json.dumps, samples))
         right = np.array([100.0 * s["correct"] for s in samples])
-        exact = scored(right, 10_000)
-        about = {"model": str(run["folder"]), "data": key, "prompts": len(right)}
-        finish(args, folder, about | exact)
-        row = {"stage": run["name"], "exact match": interval(exact), "win rate over the last": None}
+        exact = scored(right, draws=10_000)
+        wins = None
         if before is not None:                              # right and wrong: 1, both alike: a half
-            row["win rate over the last"] = interval(scored((100 + right - before) / 2, 10_000))
-        row |= {"margin (nats)": float(m.mean()), "pairs right": float(100 * (m > 0).mean())}
-        rows.append(row)
+            wins = interval(scored((100 + right - before) / 2, draws=10_000))
+        finish(args, folder, {"model": model, "data": key, "prompts": len(right)} | exact)
+        rows.append({"stage": run["name"],
+                     "exact match": interval(exact),
+                     "win rate over the last": wins,
+                     "margin (nats)": float(m.mean()),
+                     "pairs right": float(100 * (m > 0).mean())})
         before = right
     print(f"{table(rows)}\nPercent, 95% bootstrap intervals over {len(right)} prompts, paired for "
           f"win rates; margins of {len(m)} pairs", flush=True)
     return {"stages": rows}
 
 
-def interval(of) -> str | float | None:
+def without_nan(t):
+    """A DataFrame or Series with None in place of NaN, which JSON does not have."""
+    return t.astype(object).where(t.notna(), None)
+
+
+def interval(of):
+    """"SCORE (LOW .. HIGH)", or the score alone where it has no interval."""
     if of["low"] is None:
         return of["score"]
     return "{score:.1f} ({low:.1f} .. {high:.1f})".format(**of)
 
 
 # ---------------------------------------------------------------------------------------- margins
-def pair_margins(args, names) -> tuple[list[np.ndarray], str]:
-    """m = log pi(y_w|x) - log pi(y_l|x) in nats of --pairs' pairs under each model, (P,) each; the
-    data's hash."""
-    args = copy_of(args, micro_tokens=args.max_length, gradient_checkpointing=False,
-                   empty_system=0.0, model=names[0], no_share_prompt=False)
+def pair_margins(args, names):
+    """m = log pi(y_w|x) - log pi(y_l|x) in nats of --pairs' pairs under each model, (P,) each, and
+    the data's hash."""
+    args = copy_of(
+        args,
+        micro_tokens=max(args.max_length, 16384 * torch.cuda.is_available()),
+        gradient_checkpointing=False,
+        empty_system=0.0,
+        model=names[0],
+        no_share_prompt=False)
     tokenizer = data.load_tokenizer(names[0])
     template = data.set_template(tokenizer, args.chat_template)
     rows, key = prepare_rows(args.pairs, args, tokenizer=tokenizer, template=template, pairs=True,
@@ -763,38 +869,54 @@ def pair_margins(args, names) -> tuple[list[np.ndarray], str]:
     return [x[:, 0] - x[:, 1] for x in logps], key
 
 
-def margin_summary(before, after, bins: int = 10) -> dict:
+def margin_summary(before, after, bins=10):
     """What training did to held-out margins (LIONs' analysis figure): means, accuracy = share m >
     0, flips, and the change over the margin before as a degree-2 fit and as means of equally full
     bins with their standard errors. before (-1, 1), after (1, 2): accuracy 0.5 -> 1, one flip to
     right."""
-    before, after = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
-    change, binned = after - before, []
-    for part in np.array_split(np.argsort(before, kind="stable"), min(bins, len(before))):
-        error = change[part].std(ddof=1) / math.sqrt(len(part)) if len(part) > 1 else None
-        binned.append({"before": float(before[part].mean()), "change": float(change[part].mean()),
-                       "pairs": len(part), "stderr": error})
-    return {"pairs": len(before), "margin_before": float(before.mean()),
-            "margin_after": float(after.mean()), "accuracy_before": float((before > 0).mean()),
-            "accuracy_after": float((after > 0).mean()),
-            "to_right": int(((before <= 0) & (after > 0)).sum()),
-            "to_wrong": int(((before > 0) & (after <= 0)).sum()), "bins": binned,
-            "fit": quadratic_fit(before, change) if len(np.unique(before)) > 2 else None}
+    t = pandas.DataFrame({"before": before, "after": after}, dtype=float)
+    t["change"] = t.after - t.before
+    right = t > 0
+    order = np.argsort(t.before.to_numpy(), kind="stable")
+    for n, part in enumerate(np.array_split(order, min(bins, len(t)))):
+        t.loc[part, "bin"] = n
+    binned = t.groupby("bin").agg(
+        before=("before", "mean"),
+        change=("change", "mean"),
+        pairs=("bin", "size"),
+        stderr=("change", "sem"))
+    fit = None
+    if t.before.nunique() > 2:
+        fit = quadratic_fit(t.before, t.change)
+    return {"pairs": len(t),
+            "margin_before": t.before.mean(),
+            "margin_after": t.after.mean(),
+            "accuracy_before": right.before.mean(),
+            "accuracy_after": right.after.mean(),
+            "to_right": int((~right.before & right.after).sum()),
+            "to_wrong": int((right.before & ~right.after).sum()),
+            "bins": without_nan(binned).to_dict("records"),
+            "fit": fit}
 
 
-def margins(args):
+def fitted_line(x, fit):
+    """200 points (x, y) of a degree-2 fit over the range of x."""
+    grid = np.linspace(x.min(), x.max(), 200)
+    return grid, polyval(grid, fit["coefficients"])
+
+
+def margins(args, folder):
     """Margins of held-out pairs before and after training: scatter, binned means, degree-2 fit."""
     (before, after), key = pair_margins(args, [args.before, args.after])
-    folder, s = output_folder(args), margin_summary(before, after)
+    s = margin_summary(before, after)
     pandas.DataFrame({"before": before, "after": after}).to_json(
         folder / "margins.jsonl", orient="records", lines=True)
     bins = pandas.DataFrame(s["bins"], dtype=float)
     series = {f"{len(before)} pairs": (before, after - before, "."),
               "means of bins": (bins.before, bins.change, "ko", bins.stderr.fillna(0.0))}
     if s["fit"]:
-        grid, c = np.linspace(before.min(), before.max(), 200), s["fit"]["coefficients"]
-        label = f"{c[0]:.3g} {c[1]:+.3g} m {c[2]:+.3g} m²"
-        series[label] = (grid, np.polyval(c[::-1], grid), "r:")
+        label = "{:.3g} {:+.3g} m {:+.3g} m²".format(*s["fit"]["coefficients"])
+        series[label] = (*fitted_line(before, s["fit"]), "r:")
     data.figure(folder / "margins.png", [{
         "series": series, "ylabel": "change of the margin (nats)",
         "xlabel": "margin before, log π(y_w|x) − log π(y_l|x) (nats)",
@@ -806,28 +928,36 @@ def margins(args):
 # ------------------------------------------------------------------------------ curves and report
 def read_run(folder):
     """run.json of a finished run, with "name", "size" of its data, "folder" of its model (of the
-    last iteration for online_dpo.py) and "scores", {name: {"score", "low", "high"}}: the numbers
-    of its result, and the evaluations beside its model."""
+    last iteration for online_dpo.py), "evaluations", the names of those beside its model, and
+    "scores", {name: {"score", "low", "high"}}, of its result's numbers and of the evaluations."""
     run = read_json(Path(folder) / "run.json")
     if not run.get("result"):
         raise ValueError(f"RUNS {folder}: no finished run there (run.json with a result)")
-    model, result = Path(folder), run["result"]
+    model = Path(folder)
+    result = run["result"]
     if run["stage"] == "online-dpo":
         model = Path(result["output"])
         result = read_json(model / "run.json")["result"] | result
     scores = {k: dict(score=v, low=None, high=None) for k, v in result.items()
               if isinstance(v, int | float)}
-    for file in sorted(model.glob("evaluate/*/result.json")):
+    files = {file.parent.name: file for file in sorted(model.glob("evaluate/*/result.json"))}
+    for name, file in files.items():
         evaluation = read_json(file)
-        scores[file.parent.name] = {k: evaluation.get(k) for k in ("score", "low", "high")}
-    return run | {"result": result, "name": name_of(folder), "folder": model, "scores": scores,
+        scores[name] = {k: evaluation.get(k) for k in ("score", "low", "high")}
+    return run | {"result": result,
+                  "name": name_of(folder),
+                  "folder": model,
+                  "scores": scores,
+                  "evaluations": set(files),
                   "size": result.get("pairs") or run.get("rows")}
 
 
-def curve(args):
+def curve(args, folder):
     """Score over steps, tokens, FLOPs or beta (log), a line per data size with its degree-2 fit and
     its vertex: the paper's scaling figure."""
-    sizes, lines, series = {}, {}, {}
+    sizes = {}
+    lines = {}
+    series = {}
     for run in map(read_run, args.runs):
         x = run["flags"]["beta"] if args.x == "beta" else run["result"]["cumulative"][args.x]
         if args.y not in run["scores"]:
@@ -836,53 +966,57 @@ def curve(args):
         sizes.setdefault(run["size"], []).append(point)
     for n, (size, points) in enumerate(sorted(sizes.items())):
         t = pandas.DataFrame(points).sort_values("x")
-        ends = t[["low", "high"]].astype(float).T.fillna(t.score)
-        series[f"data size {size:,}"] = (t.x, t.score, f"C{n}o", (ends - t.score).abs())
+        series[f"data size {size:,}"] = (t.x, t.score, f"C{n}o", error_bars(t))
         line = lines[str(size)] = {"points": points}
         if t.x.nunique() > 2:
             fit = line["fit"] = quadratic_fit(np.log(t.x), t.score)
-            grid = np.linspace(np.log(t.x.min()), np.log(t.x.max()), 200)
-            fitted = np.polyval(fit["coefficients"][::-1], grid)
+            grid, fitted = fitted_line(np.log(t.x), fit)
             series[f"degree-2 fit, {size:,}"] = (np.exp(grid), fitted, f"C{n}:")
             for end in ("", "_low", "_high"):               # of a maximum, in the units of x
                 v = fit[f"vertex{end}"]
-                usable = fit["maximum"] and v is not None and abs(v) < 100
-                line[f"saturation{end}"] = math.exp(v) if usable else None
-    folder = output_folder(args)
+                saturation = f"saturation{end}"
+                line[saturation] = None
+                if fit["maximum"] and v is not None and abs(v) < 100:
+                    line[saturation] = math.exp(v)
     data.figure(folder / "curve.png", [
         {"series": series, "xscale": "log", "xlabel": args.x, "ylabel": args.y}], 1)
-    print(table([{"data size": size} | {k: v for k, v in line.items() if k.startswith("saturation")}
-                 for size, line in lines.items()]), file=sys.stderr)
+    shown = pandas.DataFrame(lines.values()).drop(columns=["points", "fit"], errors="ignore")
+    shown.insert(0, "data size", list(lines))
+    log(table(shown))
     return finish(args, folder, {"x": args.x, "y": args.y, "lines": lines})
 
 
-def report(args):
+def report(args, folder):
     """One Markdown page of runs: flags that differ, scores, held-out figures and their rank
     correlation with the scores, answers to the same prompts."""
-    runs, folder = [read_run(r) for r in args.runs], output_folder(args)
+    runs = [read_run(r) for r in args.runs]
     flags = pandas.DataFrame([r["flags"] for r in runs]).astype(str)
     flags = flags.drop(columns=["output", "cache_dir", "local_rank", "overwrite"], errors="ignore")
     flags = flags.loc[:, flags.nunique() > 1].add_prefix("--")
-    names = args.score or sorted({f.parent.name for r in runs
-                                  for f in r["folder"].glob("evaluate/*/result.json")})
-    held = ["eval_loss", "eval_margin", "eval_accuracy"]
-    nothing = dict(score=None, low=None)
-    found = [{k: r["scores"].get(k, nothing) for k in (*names, *held)} for r in runs]
-    scores = pandas.DataFrame([{k: v["score"] for k, v in of.items()} for of in found], dtype=float)
-    tuned = [r["stage"] != "sft" for r in runs]             # SFT's loss is of another kind
-    correlation = scores[tuned].rank().corr(min_periods=3).loc[held, names]
-    about = pandas.DataFrame(runs, columns=["name", "stage", "size"])
-    shown = [{k: interval(of[k]) for k in names} for of in found]
-    shown = pandas.DataFrame(shown, index=about.index)
-    page = pandas.concat([about, flags, shown, scores[held]], axis=1)
-    samples, steps = {}, {}
+    names = args.score or sorted(set().union(*(r["evaluations"] for r in runs)))
+    figures = ["eval_loss", "eval_margin", "eval_accuracy"]
+    shown = []
+    scores = []
+    samples = {}
+    steps = {}
     for r in runs:
-        steps[r["name"]] = [json.loads(line) for line in (r["folder"] / "metrics.jsonl").open()]
+        of = {k: r["scores"].get(k, dict(score=None, low=None)) for k in (*names, *figures)}
+        shown.append({k: interval(of[k]) for k in names})
+        scores.append({k: v["score"] for k, v in of.items()})
+        steps[r["name"]] = [*map(json.loads, (r["folder"] / "metrics.jsonl").open())]
         path = r["folder"] / "evaluate" / "exact-match" / "samples.jsonl"
-        for s in map(json.loads, path.open() if path.exists() else ()):
+        if not path.exists():
+            continue
+        for s in map(json.loads, path.open()):
             question = {"prompt": s["prompt"][-1]["content"]}
             row = samples.setdefault(json.dumps(s["prompt"]), question)
             row |= {"reference": s["reference"], r["name"]: s["answer"] + " *" * s["correct"]}
+    scores = pandas.DataFrame(scores, dtype=float)
+    tuned = [r["stage"] != "sft" for r in runs]             # SFT's loss is of another kind
+    correlation = scores[tuned].rank().corr(min_periods=3).loc[figures, names]
+    about = pandas.DataFrame(runs, columns=["name", "stage", "size"])
+    shown = pandas.DataFrame(shown, index=about.index)
+    page = pandas.concat([about, flags, shown, scores[figures]], axis=1)
     plot_curves(folder / "curves.png", steps, CURVES)
     answers = pandas.DataFrame(list(samples.values())[:args.samples])
     text = "\n".join([
@@ -891,10 +1025,10 @@ def report(args):
         correlation.to_markdown(floatfmt=".3g"), "\n![curves](curves.png)\n",
         "Answers (* correct):\n", table(answers.replace({"\n": " ", r"\|": r"\\|"}, regex=True))])
     (folder / "report.md").write_text(text)
-    print(text, file=sys.stderr)
+    log(text)
     return finish(args, folder, {
-        "runs": args.runs, "scores": json.loads(scores.to_json(orient="records")),
-        "rank_correlation": json.loads(correlation.to_json(orient="index"))})
+        "runs": args.runs, "scores": without_nan(scores).to_dict("records"),
+        "rank_correlation": without_nan(correlation).to_dict("index")})
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -902,7 +1036,12 @@ def data_flags(add):
     add("--chat-template", default="tokenizer", help="chatml, tokenizer (its own) or a jinja file")
     add("--dtype", choices=["fp32", "bf16"], help="None: bf16 on CUDA")
     add("--max-length", type=positive, default=2048, help="tokens per row; more are cut, counted")
-    add("--max-prompt-length", type=positive, default=512, help="prompt tokens of a cut pair")
+    add("--max-prompt-length", type=positive, default=512,
+        help="prompt tokens that truncation keeps at least")
+    cache_flags(add)
+
+
+def cache_flags(add):
     add("--num-proc", type=positive, help="processes that prepare data; None: all cores")
     add("--cache-dir", help="prepared data and log-probs; None: ~/.cache/lions")
 
@@ -923,24 +1062,16 @@ def benchmark_flags(add, questions, max_new_tokens, judge=None):
 
 
 def verdict_flags(add, max_tokens, parses, parse=None):
-    add("--parse", choices=parses, default=parse, help="last: the last mark of the judge's final "
-        "text; else the benchmark's own rule; None: the version's")
+    add("--parse", choices=parses, default=parse, help="how verdicts are read: by the benchmark's "
+        "rule, or the last mark after the judge's last thought; None: that of --version")
     add("--judge-temperature", type=float, default=0.0, help="of verdicts")
     add("--judge-max-tokens", type=positive, default=max_tokens, help="tokens per verdict at most")
     add("--dry-run", action="store_true", help="count calls, tokens and cost; send nothing")
     add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="per million tokens")
 
 
-def agree_flags(add):
-    add("--data", nargs="+", default=["demo-pairs:test"], help="pairs, as for --data of dpo.py")
-    add("--limit", type=positive, help="N pairs, drawn by a fixed seed; None: all")
-    add("--num-proc", type=positive, help="processes that prepare data; None: all cores")
-    add("--cache-dir", help="prepared data; None: ~/.cache/lions")
-    judge_flags(add, "pairrm")
-    request_flags(add)
 
-
-def parser() -> argparse.ArgumentParser:
+def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter,
                                 allow_abbrev=False)
     commands = p.add_subparsers(dest="command", metavar="COMMAND")
@@ -949,20 +1080,27 @@ def parser() -> argparse.ArgumentParser:
         text = " ".join(run.__doc__.split())
         c = commands.add_parser(run.__name__.replace("_", "-"), help=text, description=text,
                                 allow_abbrev=False, formatter_class=HelpFormatter)
-        c.set_defaults(run=run, **defaults)
-        c.add_argument("--output", help="folder; None: MODEL or runs, /evaluate/COMMAND")
+        c.set_defaults(run=run, default=c.get_default, **defaults)
+        c.add_argument("--output", help="folder; None: MODEL or runs, /evaluate/COMMAND, of a "
+                       "result with -FLAG-VALUE for what is not the default")
         if runs:
             c.add_argument("runs", nargs=runs, metavar="RUNS", help="folders of finished runs",
                            default=["runs/sft", "runs/dpo", "runs/online-dpo"])
         return c.add_argument
+    add_benchmarks(command)
+    add_comparisons(command)
+    return p
 
+
+def add_benchmarks(command):
     add = command(arena_hard)
     benchmark_flags(add, None, 4096)
     verdict_flags(add, None, ["2024", "2025", "last"])
-    add("--version", choices=list(VERSIONS), default="v0.1", help="star: the paper's, for studies")
+    add("--version", choices=list(VERSIONS), default="v0.1",
+        help="data, judge, parsing and baseline; star: the paper's Arena-Hard-Auto*")
     add("--templates", nargs="+", default=[], help="judge_config.yaml of 2024, or today's "
         "arena-hard-v..yaml and judge_utils.py")
-    add("--baseline", help="its name; None: the version's")
+    add("--baseline", help="name of the baseline model; None: that of --version")
     add("--baseline-answers", help="FILE or hf:.., with {baseline} for its name; None: the "
         "benchmark's")
     add = command(mt_bench)
@@ -984,13 +1122,20 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=positive, help="first N examples of a task; None: all")
     add("--apply-chat-template", action="store_true", help="off on the leaderboard")
     add("--dtype", choices=["fp32", "bf16"], help="None: bf16 on CUDA")
+
+
+def add_comparisons(command):
     sampled = dict(dry_run=False, empty_system=0.0, bad_rows="refuse")
     add = command(judge, "+", **sampled)
     add("--data", nargs="+", default=["demo:test"], help="prompts, as for --data of the stages")
     answer_flags(add, 2048)
     judge_flags(add, "pairrm")
     add = command(agree, pairs=True, seed=42)
-    agree_flags(add)
+    add("--data", nargs="+", default=["demo-pairs:test"], help="pairs, as for --data of dpo.py")
+    add("--limit", type=positive, help="N pairs, drawn by a fixed seed; None: all")
+    cache_flags(add)
+    judge_flags(add, "pairrm")
+    request_flags(add)
     add = command(stages, "*", **sampled)
     add("--data", nargs="+", default=["demo:test"], help="prompts with reference answers")
     add("--pairs", nargs="+", default=["demo-pairs:test"], help="pairs for margins")
@@ -1006,14 +1151,15 @@ def parser() -> argparse.ArgumentParser:
     add = command(report, "+")
     add("--score", nargs="+", help="names as for curve --y; None: evaluations beside the models")
     add("--samples", type=positive, default=8, help="answers to show")
-    return p
 
 
 def check_flags(args):
-    if hasattr(args, "answers") and not (args.model or args.answers):
-        raise ValueError("MODEL: needed, a folder or Hub id; or --answers FILE")
-    if hasattr(args, "answers") and not (args.judge_url or args.dry_run):
-        raise ValueError("--judge-url: needed, the judge's endpoint (https://api.openai.com/v1)")
+    if hasattr(args, "answers"):
+        if not (args.model or args.answers):
+            raise ValueError("MODEL: needed, a folder or Hub id; or --answers FILE")
+        if not (args.judge_url or args.dry_run):
+            raise ValueError("--judge-url: needed, the judge's endpoint, such as "
+                             "https://api.openai.com/v1")
     check_urls(args)
     if hasattr(args, "serve"):
         check_sampling(args)
@@ -1028,14 +1174,11 @@ def main(argv=None):
         args.dtype = args.dtype or default_dtype()
     if args.command != "openllm":
         init_distributed()
-    folder = output_folder(args)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:                                                    # two would sample and pay twice
-        with filelock.FileLock(folder / f"lock-{os.environ.get('RANK', 0)}", timeout=0):
-            return args.run(args)
-    except filelock.Timeout:
-        raise ValueError(f"--output {folder}: another process works there; wait, or name another "
-                         "folder") from None
+    args.shared, folder = output_folders(args)
+    if int(os.environ.get("RANK", 0)):
+        return args.run(args, folder)
+    with data.only_process(args.shared):                    # two would sample and pay twice
+        return args.run(args, folder)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
     y_1 .. y_K ~ pi(. | x)                  K samples of the present policy, temperature 0.8
     s_1 .. s_K = judge(x, y_1 .. y_K)       PairRM, a reward model, an LLM, or your function
     y_w, y_l   = y_argmax s, y_argmin s     prompts without a real difference are counted
-    DPO on (x, y_w, y_l) from pi, with pi as reference (dpo.py); --iterations n: again from there
+    DPO on (x, y_w, y_l) from pi, with pi as reference (dpo.py), --iterations times
 
 Reads   prompts (--data: any conversations or pairs, see data.py), the DPO model (--model).
 Writes  --output/iteration-i: prompts.jsonl, answers-*.jsonl, scores-*.jsonl, pairs.jsonl (a source
-        for --data), report.json and the trained model; --output: run.json, report.md, report.png.
-Answers, scores and an LLM's replies are written to disk as they finish; the same command continues.
+        for --data), report.json and the trained model. --output: run.json, report.md, report.png.
+Answers, scores and an LLM's replies are written to disk as they finish. The same command resumes.
 
     python online_dpo.py                                           # the demo, after dpo.py
     python online_dpo.py --model runs/gemma-2b-dpo                 # one GPU
@@ -50,13 +50,15 @@ from typing import NamedTuple
 import numpy as np
 import pandas
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import data
 import dpo
 from data import (growing, hash_of, positive, prompt_ids, read_growing, write_json, write_lines)
-from sft import (MAY_CHANGE, all_sum, check_resume, device, git_commit, init_distributed, log,
-                 parse, prepare_rows, run_main, torch_dtype)
+from sft import (MAY_CHANGE, all_sum, check_machines, check_resume, delete_run, device, git_commit,
+                 init_distributed, log, own_folder, parse, prepare_rows, run_main, torch_dtype)
 
 ULTRAFEEDBACK = dict(data=["HuggingFaceH4/ultrafeedback_binarized:train_prefs"], epochs=1, lr=5e-7,
                      max_length=2048, max_prompt_length=512, gradient_checkpointing=True)
@@ -82,21 +84,21 @@ def scores_from_comparisons(c):
     return (c - c.T).mean(1)
 
 
-def pick_pairs(rows: list[dict], scores, *, min_gap: float = 0.0, truncated_can_win: bool = False,
-               forbidden: list[str] = ()) -> tuple[list[dict], dict]:
+def pick_pairs(rows, scores, *, min_gap=0.0, truncated_can_win=False, forbidden=()):
     """Best against worst of each prompt's K answers (LIONs section 3), in the preference format.
 
-    rows: {"prompt": messages, "answer": reference or None, "answers": K of {"text", "finished"}};
-    scores (len(rows), K). Answers that are empty or contain a `forbidden` (special) string are not
-    used. Equal ones count once, a finished one first. A truncated one may lose, but not win. Ties
-    go to the first sample. A prompt gives no pair without two different answers (all_equal), a
-    winner (no_winner), or a score gap above 0 and of at least min_gap (tie). Returns the pairs and
-    counts. Scores 1, 3, 2 give (second, first)."""
+    rows: {"prompt": messages, "answer": reference or None, "answers": K of {"text", "finished"}}.
+    scores: (len(rows), K). Empty answers and answers with a `forbidden` (special) string are not
+    used. Of equal answers the first finished one counts. A truncated answer may lose, but not win.
+    Of equal scores the first sample counts. Prompts without a pair are counted: all_equal has fewer
+    than two different answers, no_winner no finished answer above the worst, tie a score gap of 0
+    or below min_gap. Returns the pairs and counts. Scores 1, 3, 2 give (second, first)."""
     counts = dict.fromkeys(("pairs", "truncated_answers", "unusable_answers", "all_equal",
                             "no_winner", "tie"), 0)
     pairs = []
     for row, s in zip(rows, np.asarray(scores, dtype=np.float64)):
-        answers, different = row["answers"], {}
+        answers = row["answers"]
+        different = {}
         finished = [a["finished"] for a in answers]
         counts["truncated_answers"] += len(answers) - sum(finished)
         for k in sorted(range(len(s)), key=lambda k: not finished[k]):
@@ -113,38 +115,42 @@ def pick_pairs(rows: list[dict], scores, *, min_gap: float = 0.0, truncated_can_
         if not can_win:
             counts["no_winner"] += 1
             continue
-        w, l = max(can_win, key=lambda k: s[k]), min(left, key=lambda k: s[k])
+        w = max(can_win, key=s.item)
+        l = min(left, key=s.item)
         gap = data.gap(s[w], s[l])
-        if gap <= 0 or gap < min_gap:
-            beaten_by_truncated = gap <= 0 and max(s[left]) > s[l]
-            counts["no_winner" if beaten_by_truncated else "tie"] += 1
-            continue
-        sides = {"chosen": w, "rejected": l}
-        pairs.append({
-            "prompt": row["prompt"], "answer": row["answer"], "source": "online",
-            **{side: [data.assistant(answers[k]["text"])] for side, k in sides.items()},
-            **{f"score_{side}": s[k] for side, k in sides.items()},
-            "unfinished": [side for side, k in sides.items() if not finished[k]]})
-    return pairs, counts | {"pairs": len(pairs)}
+        if gap > 0 and gap >= min_gap:
+            counts["pairs"] += 1
+            pairs.append({
+                "prompt": row["prompt"], "answer": row["answer"], "source": "online",
+                "chosen": [data.assistant(answers[w]["text"])],
+                "rejected": [data.assistant(answers[l]["text"])],
+                "score_chosen": s[w], "score_rejected": s[l],
+                "unfinished": [side for side, k in (("chosen", w), ("rejected", l))
+                               if not finished[k]]})
+        elif gap <= 0 and max(s[left]) > s[l]:              # a truncated one alone is better
+            counts["no_winner"] += 1
+        else:
+            counts["tie"] += 1
+    return pairs, counts
 
 
 # --------------------------------------------------------------------------------------- sampling
 class Answer(NamedTuple):
     prompt: int                    # index into the prompts
     sample: int                    # which of the prompt's K
-    text: str                      # without the end of turn; other special tokens are shown
+    text: str                      # without the end of turn, with any other special tokens
     tokens: int                    # as sampled, with the end of turn
     finished: bool                 # False: max_new_tokens came first
     refused: tuple = ()            # parts of the request that a server did not take
 
 
-def stop_tokens(generation_config) -> set[int]:
+def stop_tokens(generation_config):
     """The ends of turn that a generation config names."""
     stops = generation_config.eos_token_id
     return {*(stops if isinstance(stops, list) else [stops])} - {None}
 
 
-def answer_of(ids, prompt, sample, stops, tokenizer) -> Answer:
+def answer_of(ids, prompt, sample, stops, tokenizer):
     finished = bool(ids) and ids[-1] in stops
     text = tokenizer.decode(ids[:len(ids) - finished])
     return Answer(prompt, sample, text, len(ids), finished)
@@ -157,7 +163,8 @@ def pick_token(logits, uniform, temperature: float, top_p: float):
     token 1."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, token = torch.softmax(logits.double() / temperature, -1), None                # (B, V)
+    p = torch.softmax(logits.double() / temperature, -1)    # (B, V)
+    token = None
     if top_p < 1:
         p, token = p.sort(descending=True, stable=True)
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
@@ -175,7 +182,7 @@ def growing_cache():
         def update(self, keys, values, *args, **kwargs):
             if not self.is_initialized:
                 self.lazy_initialization(keys, values)
-                self.keys, self.values, self.room = keys[:, :, :0], values[:, :, :0], 0
+                self.replace(keys[:, :, :0], values[:, :, :0])
             n, m = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
             if m > self.room:
                 self.room = m + 64
@@ -186,13 +193,15 @@ def growing_cache():
             return self.keys, self.values
 
         def replace(self, keys, values):
-            self.keys, self.values, self.room = keys, values, 0
+            self.keys = keys
+            self.values = values
+            self.room = 0
     return Cache(layer_class_to_replicate=GrowingLayer)
 
 
 @dataclasses.dataclass
-class Work:
-    """An answer in work."""
+class PendingAnswer:
+    """An answer that is being sampled."""
     prompt: int
     sample: int
     uniform: np.ndarray            # its random numbers, one per token
@@ -201,19 +210,17 @@ class Work:
 
 
 class Decoder:
-    """R answers in work, padded on the left: their caches, mask (R, W) and next logits (R, V)."""
+    """R pending answers, padded on the left: their caches, mask (R, W) and next logits (R, V)."""
 
     def __init__(self, model, prompts):
-        width = max(map(len, prompts))
-        pads = [width - len(ids) for ids in prompts]
-        ids = [[0] * pad + ids for pad, ids in zip(pads, prompts)]
-        mask = [[0] * pad + [1] * (width - pad) for pad in pads]
-        self.model, self.cache = model, growing_cache()
-        self.mask = torch.tensor(mask, device=model.device)
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.forward(torch.tensor(ids, device=model.device), positions)
+        ids = pad_sequence(list(map(torch.tensor, prompts)), True, -1, "left").to(model.device)
+        self.model = model
+        self.cache = growing_cache()
+        self.mask = (ids >= 0).long()
+        self.forward(ids.clamp(min=0))
 
-    def forward(self, ids, positions):
+    def forward(self, ids):
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
         self.logits = self.model(
             input_ids=ids, attention_mask=self.mask, position_ids=positions, use_cache=True,
             past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
@@ -221,45 +228,45 @@ class Decoder:
     def step(self, token):
         """Append one token (R,) to every row."""
         self.mask = F.pad(self.mask, (0, 1), value=1)
-        self.forward(token[:, None], self.mask.sum(1, keepdim=True) - 1)
+        self.forward(token[:, None])
 
     def keep(self, rows):
         """These rows, in this order, without columns that are padding in all of them."""
         rows = torch.tensor(rows, device=self.mask.device)
         first = int(self.mask[rows].any(0).float().argmax())
-        self.mask, self.logits = self.mask[rows, first:], self.logits[rows]
-        for layer in self.layers():
+        self.mask = self.mask[rows, first:]
+        self.logits = self.logits[rows]
+        for layer in self.cache.layers:
             layer.replace(layer.keys[rows, :, first:], layer.values[rows, :, first:])
 
-    def joined(self, other) -> Decoder:
-        """With the other decoder's rows behind these."""
-        wide = max(self.mask.shape[1], other.mask.shape[1])
-        mine, theirs = wide - self.mask.shape[1], wide - other.mask.shape[1]
-        self.mask = torch.cat([F.pad(self.mask, (mine, 0)), F.pad(other.mask, (theirs, 0))])
-        self.logits = torch.cat([self.logits, other.logits])
-        for a, b in zip(self.layers(), other.layers()):
-            a.replace(*(torch.cat([F.pad(x, (0, 0, mine, 0)), F.pad(y, (0, 0, theirs, 0))])
-                        for x, y in ((a.keys, b.keys), (a.values, b.values))))
-        return self
+    def append(self, other):
+        """Add the other decoder's rows behind these."""
+        wider = other.mask.shape[1] - self.mask.shape[1]
 
-    def layers(self):
-        return [layer for layer in self.cache.layers if layer.is_initialized]
+        def joined(mine, theirs, *inner):
+            mine = F.pad(mine, (*inner, max(0, wider), 0))
+            return torch.cat([mine, F.pad(theirs, (*inner, max(0, -wider), 0))])
+        self.mask = joined(self.mask, other.mask)
+        self.logits = torch.cat([self.logits, other.logits])
+        for a, b in zip(self.cache.layers, other.cache.layers):
+            a.replace(joined(a.keys, b.keys, 0, 0), joined(a.values, b.values, 0, 0))
 
 
 @torch.no_grad()
-def sample_responses(model, tokenizer, prompts: list, wanted: list[tuple], max_new_tokens: int, *,
-                     temperature: float = 0.0, top_p: float = 1.0, seeds: list[int] | None = None,
-                     rows: int = 64):
+def sample_responses(model, tokenizer, prompts, wanted, max_new_tokens, *, temperature=0.0,
+                     top_p=1.0, seeds=None, rows=64):
     """Answers to prompts (lists of messages), as they finish. wanted: (prompt, sample) pairs.
 
-    At most `rows` answers are in work. Finished ones leave the batch and waiting prompts, longest
-    first, take their place; a prompt is computed once for all its answers. Sample k of prompt i
-    draws its numbers from (seeds[i], k) alone, so that neighbours change it only by rounding.
-    model: a transformers model whose generation_config stops it."""
+    At most `rows` answers are sampled at once. Finished ones leave the batch and waiting prompts,
+    longest first, take their place. Both copy all caches, so that they happen when an eighth of the
+    rows is done or free. A prompt is computed once for all its answers. Sample k of prompt i draws
+    its numbers from (seeds[i], k) alone, so that neighbours change it only by rounding. model: a
+    transformers model whose generation_config stops it."""
     model, stops = model.eval(), stop_tokens(model.generation_config)
+    seeds = seeds or [0] * len(prompts)
     ids = {i: prompt_ids(tokenizer, prompts[i]) for i, _ in wanted}
     waiting = sorted(wanted, key=lambda w: -len(ids[w[0]]))
-    work, decoder = [], None
+    work = []
     while waiting or work:
         finished = sum(w.done for w in work)
         free = rows - len(work) + finished
@@ -268,18 +275,22 @@ def sample_responses(model, tokenizer, prompts: list, wanted: list[tuple], max_n
             work = [work[r] for r in keep]
             if work:
                 decoder.keep(keep)
-            new, waiting = waiting[:free], waiting[free:]
+            new = waiting[:free]
+            waiting = waiting[free:]
             if new:
                 once = list(dict.fromkeys(i for i, _ in new))
                 start = Decoder(model, [ids[i] for i in once])
                 start.keep([once.index(i) for i, _ in new])
-                decoder = decoder.joined(start) if work else start
+                if work:
+                    decoder.append(start)
+                else:
+                    decoder = start
             for i, k in new:
-                random = np.random.Generator(np.random.Philox(key=[seeds[i] if seeds else 0, k]))
-                work.append(Work(i, k, random.random(max_new_tokens)))
+                random = np.random.Generator(np.random.Philox(key=[seeds[i], k]))
+                work.append(PendingAnswer(i, k, random.random(max_new_tokens)))
             if not work:
                 break
-        uniform = [0.0 if w.done else w.uniform[len(w.ids)] for w in work]
+        uniform = [w.uniform[len(w.ids) - w.done] for w in work]     # of a done row: not used
         uniform = torch.tensor(uniform, dtype=torch.float64, device=model.device)
         token = pick_token(decoder.logits, uniform, temperature, top_p)               # (R,)
         for w, t in zip(work, token.tolist()):
@@ -298,12 +309,14 @@ def sample_continuously(model, tokenizer, prompts, wanted, max_new_tokens, *,
     depend on the order of the requests, so that a restart needs another seed."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
     stops = stop_tokens(model.generation_config)
-    draws = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
-    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(stops),
-                              **(draws if temperature else {}),
+    draws = {}
+    memory = {}
+    if temperature > 0:
+        draws = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
+    if model.device.type == "cpu":
+        memory = dict(max_memory_percent=0.05, max_batch_tokens=1024)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=sorted(stops), **draws,
                               pad_token_id=model.generation_config.pad_token_id)
-    memory = {} if model.device.type == "cuda" else dict(max_memory_percent=0.05,
-                                                                max_batch_tokens=1024)
     batching = ContinuousBatchingConfig(max_requests_per_batch=rows, **memory,
                                         seed=int(hash_of(seeds, wanted)[:7], 16))
     with model.continuous_batching_context_manager(
@@ -314,12 +327,14 @@ def sample_continuously(model, tokenizer, prompts, wanted, max_new_tokens, *,
                                 max_new_tokens=max_new_tokens)
         left = len(wanted)
         while left:
-            r = manager.get_result(timeout=1)
-            error = r.error if r is not None else not manager.is_running()
-            if error:
-                raise ValueError(f"--batching continuous: stopped ({error}); finished answers are "
-                                 "on disk. Try --batching padded")
-            if r is not None and r.is_finished():
+            r = manager.get_result(timeout=1)               # None: nothing yet
+            if r is None and manager.is_running():
+                continue
+            if r is None or r.error:
+                problem = getattr(r, "error", "without a reason")
+                raise ValueError(f"--batching continuous: stopped ({problem}); finished answers "
+                                 "are on disk. Try --batching padded")
+            if r.is_finished():
                 left -= 1
                 i, k = map(int, r.request_id.split("."))
                 yield answer_of(r.generated_tokens, i, k, stops, tokenizer)
@@ -328,22 +343,21 @@ def sample_continuously(model, tokenizer, prompts, wanted, max_new_tokens, *,
 def sample_locally(args, policy, tokenizer, template, prompts, wanted, seeds):
     """The wanted answers by the model itself, as they finish."""
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch_dtype(args.dtype),
-                                                 use_safetensors=True).to(device())
+    model = data.load_weights(AutoModelForCausalLM, policy, dtype=torch_dtype(args.dtype))
+    model = model.to(device())
     stops = stop_tokens(model.generation_config) | {template.end_of_turn_id}
     model.generation_config.eos_token_id = sorted(stops)
     softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if softcap and args.batching == "continuous":
         raise ValueError("--batching continuous: transformers' paged attention ignores the "
                          f"soft-capping of {policy}; use --batching padded")
-    sample, rows = sample_responses, args.sampling_rows
-    if rows is None:
-        rows = 256 if device().type == "cuda" else 64
-    if args.batching == "continuous" or (
-            args.batching is None and device().type == "cuda" and not softcap):
-        sample = sample_continuously
+    batching, rows = {"cuda": ("continuous", 256), "cpu": ("padded", 64)}[device().type]
+    if softcap:
+        batching = "padded"
+    sample = {"continuous": sample_continuously,
+              "padded": sample_responses}[args.batching or batching]
     return sample(model, tokenizer, prompts, wanted, args.max_new_tokens, seeds=seeds,
-                  temperature=args.temperature, top_p=args.top_p, rows=rows)
+                  temperature=args.temperature, top_p=args.top_p, rows=args.sampling_rows or rows)
 
 
 # ---------------------------------------------------------------------- OpenAI-compatible servers
@@ -365,9 +379,10 @@ class Reply(NamedTuple):
 
 
 def check_urls(args):
-    """ValueError for a URL that is no endpoint; a proxy in the environment is named."""
+    """ValueError for a URL that is no endpoint. A proxy in the environment is named."""
     for flag in ("judge_url", "base_url"):
-        url, name = getattr(args, flag, None), flag.replace("_", "-")
+        url = getattr(args, flag, None)
+        name = flag.replace("_", "-")
         if url and not re.fullmatch(r"https?://[^/?@\s]+(/[^?@\s]*)?", url):
             raise ValueError(f"--{name} {url}: must be http(s)://HOST[/PATH], without user, "
                              "password or query; keys are in the environment")
@@ -406,7 +421,8 @@ class Endpoint:
                     raise httpx2.ReadTimeout("no whole reply in time", request=request) from None
 
             async def whole(self, request):
-                response, body = await super().handle_async_request(request), bytearray()
+                response = await super().handle_async_request(request)
+                body = bytearray()
                 try:
                     async for part in response.stream:
                         body += part
@@ -418,7 +434,8 @@ class Endpoint:
                                        content=bytes(body), request=request)
         limits = httpx2.Limits(max_connections=args.concurrency)
         http = httpx2.AsyncClient(transport=Bounded(proxy=proxy_of(url), limits=limits))
-        self.url, self.key = url, os.environ.get(key, "").strip() or "none"
+        self.url = url
+        self.key = os.environ.get(key, "").strip() or "none"
         self.refused = set()
         self.openai = openai.AsyncOpenAI(base_url=url, api_key=self.key, timeout=args.timeout,
                                          max_retries=args.retries, http_client=http)
@@ -444,13 +461,13 @@ def without(request: dict, name: str) -> dict:
     return request
 
 
-def parts_of(request) -> list[str]:
+def parts_of(request):
     """The parts of DISPENSABLE that a request has."""
     roles = {message["role"] for message in request["messages"]}
     return [name for name in DISPENSABLE if name in request or name in roles]
 
 
-async def post(server, request, refused=()) -> tuple[bytes, tuple]:
+async def post(server, request, refused=()):
     """The body of the reply, and what the server refused. A 400 or 422 that names a part of
     DISPENSABLE is answered by the request without it."""
     import openai
@@ -477,11 +494,12 @@ def text_of_parts(content) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def read_reply(body: bytes) -> tuple[str, int, bool]:
+def read_reply(body):
     """(text, tokens, finished) of a chat completion. One without text is empty and unfinished."""
     try:
         reply = json.loads(body)
-        choice, usage = reply["choices"][0], reply.get("usage")
+        choice = reply["choices"][0]
+        usage = reply.get("usage")
         text = text_of_parts(choice["message"].get("content"))
         finished = text is not None and choice.get("finish_reason") in FINISHED
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -507,22 +525,26 @@ async def chat(server, **request) -> Reply:
         raise
 
 
-def ask_all(args, flag, server, requests: dict, save, answered: bool):
+def ask_all(args, flag, server, requests, save, answered):
     """save(name, reply or error) for every request, --concurrency at once. A wrong URL, key or
     model name stops it, and 20 failures in a row: no further request begins, others end first.
     Refused requests are no failures once the server `answered` another."""
     import openai
     from tqdm import tqdm
-    waiting, failures, stop = iter(tqdm(requests, unit="request")), 0, None
+    waiting = iter(tqdm(requests, unit="request"))
+    failures = 0
+    stop = None
 
     async def worker():
         nonlocal answered, failures, stop
         for name in waiting:
             try:
                 reply = await chat(server, **requests[name])
-                failures, answered = 0, True
+                failures = 0
+                answered = True
             except (openai.OpenAIError, ValueError) as error:
-                reply, status = error, getattr(error, "status_code", None)
+                reply = error
+                status = getattr(error, "status_code", None)
                 failures += not (answered and status in REFUSED)
                 limit = 20 if answered else min(20, len(requests))
                 if status in STOPPING or failures >= limit:
@@ -539,7 +561,7 @@ def ask_all(args, flag, server, requests: dict, save, answered: bool):
         raise ValueError(f"{flag} {server.url}: {stop}; what was answered is on disk")
 
 
-def refused_parts(rows) -> list[str]:
+def refused_parts(rows):
     """The parts of requests that servers refused, in answers or replies."""
     return sorted({name for row in rows for name in row.get("refused", ())})
 
@@ -583,16 +605,16 @@ def serving(args, policy, log_file):
 
 
 def sample_by_server(args, policy, prompts, wanted, url, append):
-    """The wanted answers from an endpoint. A prompt that it refuses (HTTP 400, 413, 422: too long,
-    perhaps) gets an empty, unfinished answer in the end; they are counted."""
-    server, requests = Endpoint(url, args, "SERVER_API_KEY"), {}
+    """The wanted answers from an endpoint. Prompts that it refuses (HTTP 400, 413, 422: too long,
+    perhaps) are counted and get an empty, unfinished answer in the end."""
+    server = Endpoint(url, args, "SERVER_API_KEY")
     settings = dict(model=args.served_model or policy, temperature=args.temperature,
                     max_tokens=args.max_new_tokens)
     if args.top_p < 1:
         settings["top_p"] = args.top_p
-    for i, k in wanted:
-        requests[i, k] = settings | {"messages": prompts[i]}
-    refused, failed = {}, []
+    requests = {(i, k): settings | {"messages": prompts[i]} for i, k in wanted}
+    refused = {}
+    failed = []
 
     def save(one, reply):
         if isinstance(reply, Reply):
@@ -613,25 +635,27 @@ def sample_by_server(args, policy, prompts, wanted, url, append):
 
 
 # ----------------------------------------------------------------------------------------- judges
-def exact_answer(prompt, answers: list[str], reference) -> list[float]:
+def exact_answer(prompt, answers, reference):
     """1 if the final answer (data.final_answer) is the reference, else 0."""
     return [float(data.final_answer(a) == reference) for a in answers]
 
 
+PAIRRM = "llm-blender/PairRM-hf"
 PREFIXES = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
 
 
 class PairRM(torch.nn.Module):
     """llm-blender/PairRM and PairRM-hf (2306.02561): DeBERTa-v3 and a head on three hidden states.
 
-    s_k = head([h_source ; h_candidate_k]); the logit s_1 - s_2 is positive if the first is
+    s_k = head([h_source, h_candidate_k]). The logit s_1 - s_2 is positive if the first is
     better."""
 
     def __init__(self, config):
         super().__init__()
         from transformers import DebertaV2Model
         from torch.nn import Dropout, Linear, Sequential, Tanh
-        self.pretrained_model, h = DebertaV2Model(config), config.hidden_size
+        self.pretrained_model = DebertaV2Model(config)
+        h = config.hidden_size
         self.head_layer = Sequential(Dropout(0.0), Linear(2 * h, h), Tanh(), Dropout(0.0),
                                      Linear(h, 1))
 
@@ -655,7 +679,8 @@ class PairRM(torch.nn.Module):
             wanted = ["*.safetensors", "*.json", "*.model"]
             folder = Path(snapshot_download(name, allow_patterns=wanted))
         file, = folder.glob("*.safetensors")
-        state, known = load_file(file), json.loads((folder / "config.json").read_text())
+        state = load_file(file)
+        known = json.loads((folder / "config.json").read_text())
         base = known.get("model_name", "microsoft/deberta-v3-large")     # named by the original
         config = DebertaV2Config.from_pretrained(folder if "hidden_size" in known else base)
         config.vocab_size = len(state["pretrained_model.embeddings.word_embeddings.weight"])
@@ -678,7 +703,7 @@ def as_text(messages):
     return "\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
-def pairrm_rows(tokenizer, source: str, answers: list[str]) -> tuple[dict, int]:
+def pairrm_rows(tokenizer, source, answers):
     """Ids of all K(K-1) ordered pairs, and how many texts were cut: (i, j) ->
     [CLS]<|source|>x[SEP][CLS]<|candidate1|>y_i[SEP][CLS]<|candidate2|>y_j[SEP].
 
@@ -690,10 +715,10 @@ def pairrm_rows(tokenizer, source: str, answers: list[str]) -> tuple[dict, int]:
     def ids(prefix, text, limit):
         nonlocal n_cut
         full = tokenizer(prefix + special.sub(" ", text)).input_ids
-        n_cut += len(full) > limit
-        if len(full) > limit:
-            full = full[:limit - 1] + full[-1:]
-        return full
+        if len(full) <= limit:
+            return full
+        n_cut += 1
+        return full[:limit - 1] + full[-1:]
     x = ids(PREFIXES[0], source, 1224)
     room = (2048 - len(x)) // 2
     first = [ids(PREFIXES[1], y, room) for y in answers]
@@ -703,23 +728,23 @@ def pairrm_rows(tokenizer, source: str, answers: list[str]) -> tuple[dict, int]:
 
 
 @torch.no_grad()
-def pairrm_logits(model, tokenizer, rows: list[list[int]], batch_tokens: int):
+def pairrm_logits(model, tokenizer, rows, batch_tokens):
     """Logits of input rows, (R,) float64, in right-padded batches of rows of like length.
     Neighbours do not change a row beyond rounding. Matrix products are in TF32 on CUDA."""
-    logits, precision = np.zeros(len(rows)), torch.get_float32_matmul_precision()
+    logits = np.zeros(len(rows))
+    precision = torch.get_float32_matmul_precision()
     if device().type == "cuda":
         torch.set_float32_matmul_precision("high")
     prefixes = tokenizer.convert_tokens_to_ids(list(PREFIXES[:3]))
     order = sorted(range(len(rows)), key=lambda r: -len(rows[r]))
     while order:
-        width = len(rows[order[0]])
-        n = max(1, batch_tokens // width)
-        part, order = order[:n], order[n:]
-        pads = [width - len(rows[r]) for r in part]
-        ids = [rows[r] + [tokenizer.pad_token_id] * pad for r, pad in zip(part, pads)]
-        mask = [[1] * (width - pad) + [0] * pad for pad in pads]
-        ids, mask = (torch.tensor(x, device=device()) for x in (ids, mask))
-        logits[part] = model(ids, mask, prefixes).double().cpu().numpy()
+        n = max(1, batch_tokens // len(rows[order[0]]))
+        part = order[:n]
+        order = order[n:]
+        batch = tokenizer.pad({"input_ids": [rows[r] for r in part]}, padding_side="right",
+                              return_tensors="pt").to(device())
+        scores = model(batch["input_ids"], batch["attention_mask"], prefixes)        # (B,)
+        logits[part] = scores.double().cpu().numpy()
     torch.set_float32_matmul_precision(precision)
     return logits
 
@@ -738,15 +763,19 @@ def by_comparisons(compare):
 
 
 def pairrm_judge(args, name):
-    model, tokenizer = PairRM.load(name or "llm-blender/PairRM-hf")
+    name = name or PAIRRM
+    with data.loading(name):
+        model, tokenizer = PairRM.load(name)
     model.to(device())
 
     def compare(rows):
-        ids, cut = [], 0
+        ids = []
+        cut = 0
         for row in rows:
             texts = [a["text"] for a in row["answers"]]
             pairs, n = pairrm_rows(tokenizer, as_text(row["prompt"]), texts)
-            ids, cut = ids + list(pairs.values()), cut + n
+            ids = ids + list(pairs.values())
+            cut = cut + n
         if cut:
             print(f"pairrm: {cut} texts were cut to its 2048 tokens", file=sys.stderr)
         return pairrm_logits(model, tokenizer, ids, args.judge_tokens)
@@ -762,16 +791,19 @@ def reward_judge(args, name):
 
 
 def python_judge(args, name):
-    """FILE:FUNCTION(prompt messages, answer texts, reference) -> K numbers; the file is looked for
-    here and then beside this script."""
+    """FILE:FUNCTION(prompt messages, answer texts, reference) -> K numbers. The file is looked for
+    here, then beside this script."""
     file, _, function = name.rpartition(":")
-    path = next((p for p in (Path(file), Path(__file__).parent / file) if p.is_file()), None)
-    if path is None:
+    path = Path(file)
+    if not path.is_file():
+        path = Path(__file__).parent / file
+    if not path.is_file():
         raise ValueError(f"--judge python:{name}: no file {file!r}; write python:FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location("lions_judge", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    score = getattr(module, function)
+    with data.loading(f"--judge python:{name}"):
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        score = getattr(module, function)
 
     def judge(rows):
         return [score(r["prompt"], [a["text"] for a in r["answers"]], r["answer"]) for r in rows]
@@ -782,16 +814,16 @@ VERDICTS = {"A>>B": 1.0, "A>B": 1.0, "A": 1.0, "A=B": 0.0, "C": 0.0, "B": -1.0, 
             "B>>A": -1.0}
 
 
-def final_text(text: str) -> str:
+def final_text(text):
     """What follows a model's last thought."""
     return text.rpartition("</think>")[2]
 
 
 def verdict(text: str) -> float | None:
-    """1, 0, -1 for A better, tie, B better by the last [[A]], [[B]], [[C]], [[A>B]] .. of the final
-    text; None: none."""
-    found = re.findall(r"\[\[(A>>B|A>B|A=B|B>A|B>>A|A|B|C)\]\]", final_text(text))
-    return VERDICTS[found[-1]] if found else None
+    """1 if the last [[A]], [[B]], [[C]], [[A>B]] .. of the final text prefers A, 0 if it is a tie,
+    -1 if it prefers B, None if there is no such mark."""
+    marks = re.findall(r"\[\[(A>>B|A>B|A=B|B>A|B>>A|A|B|C)\]\]", final_text(text))
+    return VERDICTS[marks[-1]] if marks else None
 
 
 def fill(template: str, values: dict, where: str) -> str:
@@ -803,12 +835,12 @@ def fill(template: str, values: dict, where: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda m: values[m[1]], template)
 
 
-def reply_keys(model, calls, **settings) -> dict[str, str]:
+def reply_keys(model, calls, **settings):
     """{id: the hash under which the reply to a call is kept}."""
     return {name: hash_of(name, model, settings, messages) for name, messages in calls.items()}
 
 
-def ask_llm(args, model: str, calls: dict[str, list[dict]], folder: Path, **settings) -> dict:
+def ask_llm(args, model, calls, folder, **settings):
     """{id: messages} -> {id: {"reply", "finished", "tokens", "refused"}}, or {"reply": None,
     "error", "status"} of a request that failed.
 
@@ -871,7 +903,7 @@ def load_judge(args):
     def scores(rows):
         try:
             values = np.asarray(judge(rows), dtype=np.float64)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+        except Exception as error:                          # a function of the user's
             raise ValueError(f"--judge {args.judge}: {type(error).__name__}: {error}") from error
         if values.shape != (len(rows), len(rows[0]["answers"])) or not np.isfinite(values).all():
             raise ValueError(f"--judge {args.judge}: {values.tolist()}: not one finite score for "
@@ -882,25 +914,27 @@ def load_judge(args):
 
 
 # ---------------------------------------------------------------------------------- one iteration
-def read_prompts(args, tokenizer, template) -> tuple[list[dict], str]:
+def read_prompts(args, tokenizer, template):
     """Distinct prompts of --data that leave room for an answer, {"key", "prompt", "answer",
-    "source"}; and a hash of the data. The prompt is what precedes a row's last assistant turn."""
+    "source"}, and a hash of the data. The prompt is what precedes a row's last assistant turn."""
     from transformers import AutoConfig
     dataset, key = prepare_rows(args.data, args=args, tokenizer=tokenizer, template=template)
     config = AutoConfig.from_pretrained(args.model).get_text_config()
     room = getattr(config, "max_position_embeddings", None) or sys.maxsize
     room -= args.max_new_tokens
-    rows, too_long, repeated = {}, 0, 0
+    rows = {}
+    too_long = 0
+    repeated = 0
     for r in dataset.select_columns(["messages_json", "answer", "source"]):
         messages = json.loads(r["messages_json"])
-        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        name = data.canonical_hash(messages[:last])
+        prompt = messages[:max(i for i, m in enumerate(messages) if m["role"] == "assistant")]
+        name = data.canonical_hash(prompt)
         if name in rows:
             repeated += 1
-        elif len(prompt_ids(tokenizer, messages[:last])) > room:
+        elif len(prompt_ids(tokenizer, prompt)) > room:
             too_long += 1
         else:
-            rows[name] = {"key": name, "prompt": messages[:last], "answer": r["answer"],
+            rows[name] = {"key": name, "prompt": prompt, "answer": r["answer"],
                           "source": r["source"]}
     log(f"{len(rows)} distinct prompts; left out: {repeated} repeated ones, and {too_long} that "
         f"leave no room for --max-new-tokens {args.max_new_tokens} in the model's context")
@@ -910,32 +944,29 @@ def read_prompts(args, tokenizer, template) -> tuple[list[dict], str]:
 
 
 def on_all_ranks(work):
-    """work() on every rank. If it fails on one, all stop, and none waits for another in vain."""
-    problem = ""
+    """work() on every rank. If one rank fails, all ranks stop."""
+    problem = None
     try:
         work()
     except (ValueError, OSError) as error:
-        problem = str(error)
-    if all_sum([bool(problem)])[0]:
+        problem = str(error) or type(error).__name__
+    if all_sum([problem is not None])[0]:
         raise ValueError(problem or "another rank failed; its message says why")
     gc.collect()                                            # the phase's model may be a cycle
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def sample_phase(args, folder, policy, tokenizer, template, rows, iteration=0) -> list[dict]:
-    """Every missing answer to every prompt, written to answers-*.jsonl; the rows with their K
-    answers. A server is asked by rank 0 alone."""
+def sample_phase(args, folder, policy, tokenizer, template, rows, iteration=0):
+    """The rows with their K answers. Missing answers are sampled and written to answers-*.jsonl."""
     from tqdm import tqdm
     rank, world = init_distributed()
     known = {(a["key"], a["sample"]) for a in read_growing(folder, "answers")}
-    wanted = [(i, k) for i, k in itertools.product(range(len(rows)), range(args.samples))
-              if (rows[i]["key"], k) not in known]
-    torch.distributed.barrier()                             # all have read before anyone writes
+    dist.barrier()                                          # all have read before anyone writes
     if args.engine == "server":
-        mine = wanted * (rank == 0)
-    else:
-        mine = [(i, k) for i, k in wanted if i % world == rank]
+        world = 1                                           # rank 0 alone asks it
+    mine = [(i, k) for i, k in itertools.product(range(len(rows)), range(args.samples))
+            if i % world == rank and (rows[i]["key"], k) not in known]
     prompts = [r["prompt"] for r in rows]
     names = [f"{args.seed} {iteration} {r['key']}".encode() for r in rows]
     seeds = [int(hashlib.sha256(name).hexdigest()[:15], 16) for name in names]
@@ -958,16 +989,18 @@ def sample_phase(args, folder, policy, tokenizer, template, rows, iteration=0) -
     return [r | {"answers": [answers[r["key"], k] for k in range(args.samples)]} for r in rows]
 
 
-def judge_phase(args, folder, rows) -> np.ndarray:
+def judge_phase(args, folder, rows):
     """Scores of every prompt's answers, (P, K), written to scores-*.jsonl."""
     from tqdm import tqdm
     rank, world = init_distributed()
     known = {s["key"] for s in read_growing(folder, "scores")}
-    torch.distributed.barrier()
+    dist.barrier()
     mine = [r for r in rows if r["key"] not in known][rank::world]
 
     def score():
-        judge = load_judge(args) if mine else None
+        if not mine:
+            return
+        judge = load_judge(args)
         with growing(folder, "scores") as append:
             for start in tqdm(range(0, len(mine), 16), f"judge {args.judge}", disable=rank > 0):
                 part = mine[start:start + 16]
@@ -979,12 +1012,16 @@ def judge_phase(args, folder, rows) -> np.ndarray:
 
 
 def iterate(args, iteration, policy, all_rows, tokenizer, template):
-    """One iteration, from where its folder is to its report; DPO's result if SIGTERM stopped it."""
-    folder, clock = Path(args.output) / f"iteration-{iteration}", [time.time()]
-    if (folder / "report.json").exists():
-        return json.loads((folder / "report.json").read_text())
+    """One iteration: its report, or DPO's result if SIGTERM stopped it. What its folder holds is
+    not done again."""
+    folder = Path(args.output) / f"iteration-{iteration}"
+    clock = [time.time()]
+    report = data.read_json(folder / "report.json")
+    if report:
+        return report
     order = data.permutation(len(all_rows), args.seed, iteration)[:args.max_prompts]
-    rank, rows = torch.distributed.get_rank(), [all_rows[i] for i in order]
+    rank = dist.get_rank()
+    rows = [all_rows[i] for i in order]
     log(f"iteration {iteration}: {len(rows)} prompts x {args.samples} samples of {policy}")
     if rank == 0:
         write_lines(folder / "prompts.jsonl", map(json.dumps, rows))
@@ -996,24 +1033,24 @@ def iterate(args, iteration, policy, all_rows, tokenizer, template):
                                truncated_can_win=args.truncated_can_win,
                                forbidden=[*template.specials, "\ufffd"])     # \ufffd: no text
     log(f"{len(rows)} prompts: " + ", ".join(f"{k} {v}" for k, v in counts.items()))
-    if len(pairs) < torch.distributed.get_world_size():
+    if len(pairs) < dist.get_world_size():
         raise ValueError(f"{folder}: {len(pairs)} pairs of {len(rows)} prompts, too few to train "
                          f"on: {counts}. Answers and scores are kept. Another --temperature, "
                          "--samples, --max-new-tokens or --judge, in another --output, may tell "
                          "answers apart")
     if rank == 0:
         write_lines(folder / "pairs.jsonl", map(json.dumps, pairs))
-    torch.distributed.barrier()
+    dist.barrier()
     sources = [str(folder / "pairs.jsonl"), *args.mix]
     trained = dpo.train_on_pairs(dpo.copy_of(
         args, model=policy, ref=None, data=sources, output=str(folder), empty_system=0.0,
-        min_gap=None, overwrite=False, **dict.fromkeys(FREE_HERE)))
+        min_gap=None, overwrite=False, **dict.fromkeys(NOT_OF_TRAINING)))
     if trained.get("stopped"):
         return trained
     clock.append(time.time())
     report = {"iteration": iteration, "policy": policy, "output": str(folder)}
-    report |= answer_report(rows, scores, counts) | dict(
-        zip(("sample_seconds", "judge_seconds", "train_seconds"), np.diff(clock).tolist()))
+    report |= answer_report(rows, scores, counts)
+    report |= zip(("sample_seconds", "judge_seconds", "train_seconds"), np.diff(clock).tolist())
     for k in ("loss", "eval_loss", "accuracy", "eval_accuracy", "steps"):
         report[k] = trained.get(k)
     if rank == 0:
@@ -1022,17 +1059,21 @@ def iterate(args, iteration, policy, all_rows, tokenizer, template):
 
 
 def answer_report(rows, scores, counts):
-    """Counts of pick_pairs, shares in 0..1, scores, and lengths in tokens; best and worst by
+    """Counts of pick_pairs, shares in 0..1, scores and lengths in tokens. best and worst: by
     score."""
     n, k = scores.shape
-    length = np.array([[a["tokens"] for a in r["answers"]] for r in rows], dtype=float)
-    best, worst = ((np.arange(n), of) for of in (scores.argmax(1), scores.argmin(1)))
-    distinct = [len({a["text"].strip() for a in r["answers"]}) / k for r in rows]
-    report = counts | {"yield": counts["pairs"] / n, "distinct": float(np.mean(distinct))}
-    report["refused_parts"] = refused_parts(itertools.chain(*(r["answers"] for r in rows)))
-    for name, values in (("score", scores), ("length", length)):
-        for which, x in (("all", values), ("best", values[best]), ("worst", values[worst])):
-            report[f"{name}_{which}"] = float(x.mean())
+    answers = list(itertools.chain(*(row["answers"] for row in rows)))
+    t = pandas.DataFrame({"score": scores.ravel(), "length": [a["tokens"] for a in answers],
+                          "text": [a["text"].strip() for a in answers]})
+    prompts = t.groupby(np.repeat(np.arange(n), k))
+    report = counts | {"yield": counts["pairs"] / n,
+                       "distinct": (prompts.text.nunique() / k).mean(),
+                       "refused_parts": refused_parts(answers)}
+    best = t.loc[prompts.score.idxmax()]
+    worst = t.loc[prompts.score.idxmin()]
+    for name in ("score", "length"):
+        for which, part in (("all", t), ("best", best), ("worst", worst)):
+            report[f"{name}_{which}"] = part[name].mean()
     return report
 
 
@@ -1043,23 +1084,25 @@ PANELS = {"share of prompts with a pair": ["yield"], "different answers (share o
 
 def write_reports(folder, reports):
     """report.md and report.png: a drift of length or a loss of diversity shows at a glance."""
-    page = data.table(pandas.DataFrame(reports).drop(columns=["policy", "output"]))
+    t = pandas.DataFrame(reports)
+    panels = []
+    page = data.table(t.drop(columns=["policy", "output"]))
     write_lines(folder / "report.md", [page])
     log(page)
-    values, panels = pandas.DataFrame(reports), []
-    x = values["iteration"]
     for title, keys in PANELS.items():
-        series = {key: (x, values[key], "o-") for key in keys}
-        panels.append({"title": title, "xlabel": "iteration", "xticks": x, "series": series})
+        series = {key: (t.iteration, t[key], "o-") for key in keys}
+        panels.append({"title": title, "xlabel": "iteration", "xticks": t.iteration,
+                       "series": series})
     data.figure(folder / "report.png", panels, 2)
 
 
 # ------------------------------------------------------------------------------------------ flags
-# Flags that change answers, scores or pairs at most by rounding. Two of sft.MAY_CHANGE are missing:
-# here --export-dtype decides the next iteration's policy, and --eval-data its stored result.
-FREE_HERE = ("sampling_rows", "judge_tokens", "concurrency", "timeout", "retries", "base_url",
+# Flags of this script that change answers, scores or pairs at most by rounding. They are hidden
+# from DPO, so that its own check of changed flags lets them change. Two of sft.MAY_CHANGE must not:
+# --export-dtype decides the next iteration's policy, --eval-data its stored result.
+NOT_OF_TRAINING = ("sampling_rows", "judge_tokens", "concurrency", "timeout", "retries", "base_url",
              "judge_url", "serve", "iterations")
-ONLINE_MAY_CHANGE = (*FREE_HERE, *(f for f in MAY_CHANGE if f not in ("export_dtype", "eval_data")))
+ONLINE_MAY_CHANGE = {*NOT_OF_TRAINING, *MAY_CHANGE} - {"export_dtype", "eval_data"}
 
 
 def sampling_flags(add, max_new_tokens, temperature):
@@ -1120,8 +1163,11 @@ def check_judge(args):
         raise ValueError(f"--judge {args.judge}: needs --judge-url and --judge-template")
     if kind == "llm":                                       # its text is a setting, not its name
         args.judge_template = Path(args.judge_template).read_text()
-    if kind == "python":
+    elif kind == "python":
         python_judge(args, name)
+        args.judge_content = data.file_hash(sys.modules["lions_judge"].__file__)
+    else:
+        args.judge_content = data.weights_hash(name or PAIRRM)
 
 
 def check_sampling(args):
@@ -1140,13 +1186,24 @@ def main(argv=None):
     check_urls(args)
     check_judge(args)
     check_sampling(args)
-    if args.samples < 2 or args.ref:
-        raise ValueError("--samples must be at least 2; --ref is the policy that samples: leave it "
-                         "out")
+    if args.samples < 2:
+        raise ValueError(f"--samples {args.samples}: must be at least 2, the best and the worst")
+    if args.ref:
+        raise ValueError(f"--ref {args.ref}: leave it out, the policy that samples is the "
+                         "reference")
     if args.iterations > 1 and args.base_url:
         raise ValueError("--iterations: a server at --base-url keeps serving the first policy; use "
                          "--serve, or run one iteration after the other with --model")
-    started, (rank, world), out = time.time(), init_distributed(), Path(args.output)
+    with own_folder(args):
+        return all_iterations(args)
+
+
+def all_iterations(args):
+    """A whole run; the result that main prints."""
+    started = time.time()
+    (rank, world) = init_distributed()
+    out = Path(args.output)
+    check_machines(args, world)
     tokenizer = data.load_tokenizer(args.model)
     template = data.set_template(tokenizer, args.chat_template)
     rows, data_key = read_prompts(args, tokenizer, template)
@@ -1157,14 +1214,14 @@ def main(argv=None):
     if stored and stored["iterations"] >= args.iterations:
         return stored
     if rank == 0 and args.overwrite:
-        import shutil
-        shutil.rmtree(out, ignore_errors=True)
-    torch.distributed.barrier()
+        delete_run(out)
+    dist.barrier()
     run = {"stage": "online-dpo", "flags": vars(args), "world": world, "git": git_commit(),
            "data": data_key, "prompts": len(rows), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
     if rank == 0:
         write_json(out / "run.json", run)
-    reports, policy = [], args.model
+    reports = []
+    policy = args.model
     for iteration in range(1, args.iterations + 1):
         report = iterate(args, iteration, policy, rows, tokenizer, template)
         if report.get("stopped"):

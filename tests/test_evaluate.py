@@ -344,6 +344,19 @@ def test_arena_hard_equals_the_score_by_hand(tmp_path):
     assert gone["judge_is_the_benchmarks"]
 
 
+def test_results_of_other_settings_stay_apart(tmp_path, monkeypatch):
+    """Without --output. Replies are shared: no setting of the scoring asks for them again."""
+    monkeypatch.chdir(tmp_path)
+    flags, server = without(arena_files(tmp_path)[0], "--output"), Server(longer_wins)
+    requests = [run(flags, server, *more)["requests"] for more in (
+        (), ("--parse", "2025"), ("--limit", 4), ("--version", "star"), ("--judge", "a/b"))]
+    assert requests == [24, 0, 0, 0, 24]
+    names = {file.parent.name for file in Path("runs/evaluate").glob("*/result.json")}
+    assert names == {"arena-hard-judge-any", "arena-hard-judge-any-parse-2025",
+                     "arena-hard-judge-any-limit-4", "arena-hard-version-star-judge-any",
+                     "arena-hard-judge-a--b"}
+
+
 def test_arena_hard_v2(tmp_path):
     """Today's config and judge_utils.py: a baseline and a system prompt per category. A game
     without a verdict takes its twin along. The mean answer is as long as the answers."""
@@ -433,7 +446,7 @@ def test_a_judge_that_fails_is_unparsed_never_scored(tmp_path, reply, failed):
     flags, mine, theirs = arena_files(tmp_path)
     server = Server(lambda request: reply if "<question 3>" in request["messages"][1]["content"]
                     else longer_wins(request))
-    result = run(flags, server, "--timeout", "0.5")
+    result = run(flags, server, "--timeout", "1")
     score, battles = arena_by_hand(mine[:3] + mine[4:], theirs[:3] + theirs[4:])
     assert (result["unparsed"], result["failed"], result["battles"]) == (2, failed, battles)
     assert result["score"] == pytest.approx(score)
@@ -503,8 +516,9 @@ def test_dry_run_counts_and_sends_nothing(tmp_path):
 def test_two_processes_never_work_in_one_folder(tmp_path):
     flags, *_ = arena_files(tmp_path)
     (tmp_path / "out").mkdir()
-    with filelock.FileLock(tmp_path / "out/lock-0"):
-        with pytest.raises(ValueError, match="--output .*another process works there"):
+    (tmp_path / "out/lock").write_text("process 1 on here")
+    with filelock.FileLock(tmp_path / "out/lock"):
+        with pytest.raises(ValueError, match="--output .*process 1 on here works there"):
             evaluate.main([*flags, "--judge-url", NOWHERE])
     assert not list((tmp_path / "out").glob("replies-*"))
     assert run(flags, Server(longer_wins))["unparsed"] == 0
@@ -967,6 +981,23 @@ def duel(runs, folder, texts, *more):
     return rate
 
 
+@pytest.mark.parametrize("command, more", [
+    ("judge", ["--judge", "python:online_dpo.py:exact_answer"]), ("stages", [])])
+def test_answers_to_different_prompts_are_never_compared(runs, tmp_path, command, more):
+    """The second model's context has no room for the long prompt."""
+    models = [str(runs / "sft"), str(tmp_path / "short")]
+    shutil.copytree(runs / "dpo-20", models[1])
+    file = tmp_path / "short/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 64}))
+    write_rows(tmp_path / "prompts.jsonl", [{"messages": data.ask(text, "x"), "answer": "x"}
+                                            for text in ("hi", "hi " * 99)])
+    server = Server(lambda request: "x")
+    with pytest.raises(ValueError, match="short takes 1 prompts and the model before it 2, not the"):
+        evaluate.main([command, *models, "--data", str(tmp_path / "prompts.jsonl"), "--base-url",
+                       server.url, "--output", str(tmp_path / "out"), "--max-new-tokens", "8",
+                       "--cache-dir", str(tmp_path / "cache"), *more])
+
+
 LENGTHS = [[1, 2, 3, 4, 5, 6], [3, 1, 3, 9, 1, 9]]          # equal at p2
 LETTERS = [["z" * n for n in lengths] for lengths in LENGTHS]
 
@@ -1036,7 +1067,8 @@ def test_openllm_equals_its_command_line(runs, tmp_path):
     command = [Path(sys.executable).parent / "lm_eval", "run", "--model", "hf", "--model_args",
                f"pretrained={model},dtype=float32", "--tasks", "local", "--num_fewshot", "2",
                "--include_path", tmp_path, "--limit", "24", "--output_path", tmp_path / "cli"]
-    subprocess.run([*map(str, command)], check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    alone = {k: v for k, v in os.environ.items() if k not in online_dpo.LAUNCHER}
+    subprocess.run([*map(str, command)], check=True, env=alone | {"HF_HUB_OFFLINE": "1"})
     file, = (tmp_path / "cli").rglob("results*.json")
     expected = 100 * json.loads(file.read_text())["results"]["local"]["acc,none"]
     assert result["score"] == result["tasks"]["local"]["score"] == pytest.approx(expected)

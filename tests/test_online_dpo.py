@@ -492,19 +492,25 @@ def test_scores_that_are_none_are_named(policy, tmp_path, body, problem):
 
 
 def test_a_judge_that_fails_loses_no_score(policy, tmp_path):
-    """It fails at the 20th prompt: the first 16 scores stay, a corrected judge continues. Its file
-    may hold dataclasses."""
-    judge = tmp_path / "judge.py"
-    head = ("from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\n"
+    """It fails at the 20th prompt: the first 16 scores stay, and the same judge continues. Another
+    content of its file is refused: its scores are another's. The file may hold dataclasses."""
+    judge, broken = tmp_path / "judge.py", tmp_path / "broken"
+    head = ("from __future__ import annotations\nimport dataclasses, os\n@dataclasses.dataclass\n"
             "class Calls:\n    n: int = 0\ncalls = Calls()\n")
-    judge.write_text(head + JUDGE.replace("):\n", "):\n    calls.n += 1\n", 1).replace(
-        "return [", "return None if calls.n == 20 else ["))
+    text = head + JUDGE.replace("):\n", "):\n    calls.n += 1\n", 1).replace(
+        "return [", f"return None if calls.n == 20 and os.path.exists({str(broken)!r}) else [")
+    judge.write_text(text)
+    broken.touch()
     run = flags(policy, tmp_path / "run", "--judge", f"python:{judge}:score")
     with pytest.raises(ValueError, match=f"--judge python:{judge}:score: ValueError"):
         online_dpo.main(run)
     before = read_growing(tmp_path / "run/iteration-1", "scores")
     assert len(before) == 16
     judge.write_text(JUDGE)
+    with pytest.raises(ValueError, match="judge_content: was"):
+        online_dpo.main(run)
+    judge.write_text(text)
+    broken.unlink()
     assert online_dpo.main(run)["pairs"] > 0
     assert all(row in read_growing(tmp_path / "run/iteration-1", "scores") for row in before)
 
@@ -1043,8 +1049,8 @@ def test_killed_in_every_phase_equals_uninterrupted(policy, tmp_path, ranks):
 
 # ------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize("more, problem", [
-    (["--samples", "1"], "--samples must be at least 2"),
-    (["--ref", "x"], "--ref is the policy that samples"),
+    (["--samples", "1"], "--samples 1: must be at least 2"),
+    (["--ref", "x"], "--ref x: leave it out"),
     (["--engine", "server"], "--engine server: needs --base-url or --serve"),
     (["--base-url", "http://x", "--iterations", "2"], "--iterations: a server at --base-url"),
     (["--judge", "python:nowhere.py:f"], "no file 'nowhere.py'; write python:FILE.py:FUNCTION"),
@@ -1060,6 +1066,16 @@ def test_bad_input_is_one_message(policy, tmp_path, more, problem):
     more = [str(file) if flag == "PAIRS" else flag for flag in more]
     with pytest.raises(ValueError, match=problem):
         online_dpo.main(flags(policy, tmp_path / "run", *more))
+
+
+@pytest.mark.parametrize("error, message", [(OSError(), "OSError"), (ValueError("why"), "why")])
+def test_a_failure_of_a_phase_is_raised(error, message):
+    """Also one without a text."""
+    def work():
+        raise error
+    sft.init_distributed()
+    with pytest.raises(ValueError, match=message):
+        online_dpo.on_all_ranks(work)
 
 
 def test_every_flag_is_read():

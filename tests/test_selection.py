@@ -500,6 +500,20 @@ def test_deita_command(models, run, source):
     assert run(command, *flags)[1] == kept
 
 
+def test_deita_embeds_the_authors_rendering(models):
+    """FastChat's vicuna_v1.1 by hand, without the row's system turn. Longer texts are cut."""
+    messages = [{"role": "system", "content": "be brief"}, *data.ask("Hello!", "Hi!"),
+                data.user("How are you?")]
+    assert data.vicuna(messages) == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. USER: Hello! "
+        "ASSISTANT: Hi!</s>USER: How are you? ")
+    embedding = data.Scorer(str(models / "lm"), "embedding")
+    for embedding.limit, length in ((300, 300), (9999, 2048)):
+        start = "".join(str(i) for i in range(1000))[:length]
+        assert embedding(start + "beyond") == embedding(start) != embedding(start[:-1])
+
+
 def test_models_that_cannot_score_are_refused(models, tmp_path):
     """Two outputs, no head, a vocabulary without "5", weights that are no safetensors, own code."""
     odd, unsafe, remote = (shutil.copytree(models / "lm", tmp_path / name)
@@ -511,7 +525,7 @@ def test_models_that_cannot_score_are_refused(models, tmp_path):
         {"model_type": "odd", "auto_map": {"AutoConfig": "odd.Odd"}}))
     for name, kind, message in (
             (models / "two", "reward", "two: .*2 outputs"),
-            (models / "lm", "reward", "lm: .*score"),
+            (models / "lm", "reward", "lm cannot be loaded .*score.weight"),
             (odd, "rating", 'odd: .*5 of the tokens "1".."6"'),
             (remote, "reward", "trust_remote_code"),
             (unsafe, "reward", "unsafe: no .safetensors file")):
