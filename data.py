@@ -1304,13 +1304,15 @@ def loading(name):
         raise ValueError(f"{name} cannot be loaded ({type(error).__name__}): {error}") from error
 
 
-def load_tokenizer(name):
+def load_tokenizer(name, **settings):
     """The tokenizer of a Hub id or folder, or the demo's."""
     from transformers import AutoTokenizer
     if name == "demo":
         return demo_tokenizer()
     with loading(name):
-        return AutoTokenizer.from_pretrained(name)
+        if Path(name).is_dir():                             # without it BOS is lost, unsaid
+            (Path(name) / "tokenizer_config.json").stat()
+        return AutoTokenizer.from_pretrained(name, **settings)
 
 
 def load_weights(auto, name, **settings):
@@ -1321,7 +1323,7 @@ def load_weights(auto, name, **settings):
                                            ignore_mismatched_sizes=True, **settings)
         problems = {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}
         if problems:
-            raise ValueError(str(problems))
+            raise ValueError(problems)
     return model
 
 
@@ -1779,8 +1781,7 @@ class Scorer:
         import transformers
         trust = dict(trust_remote_code=trust_remote_code)
         self.kind, self.key = kind, hash_of(weights_hash(name), kind, file_hash(__file__))
-        with loading(name):
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, **trust)
+        self.tokenizer = load_tokenizer(name, **trust)
         auto = transformers.AutoModelForCausalLM
         if kind == "reward":
             auto = transformers.AutoModelForSequenceClassification

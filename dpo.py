@@ -44,7 +44,7 @@ from data import PAIR_LISTS, growing, positive, read_growing
 from kernels import Group, LogProbs, layout, sequence_logps
 from sft import (Run, all_sum, attention_backend, check_finite, check_machines, check_resume,
                  clip_and_step, device, due, export, init_distributed, laid_out, load_model, log,
-                 make_engine, micro_batches, parse, plan_steps, prepare_rows, run_main,
+                 make_engine, micro_batches, own_folder, parse, plan_steps, prepare_rows, run_main,
                  set_learning_rate, stage_parser)
 
 PRESETS = {  # the paper's table as argparse defaults
@@ -173,7 +173,9 @@ def parser():
 
 
 def main(argv=None):
-    return train_on_pairs(parse(argv, parser(), PRESETS))
+    args = parse(argv, parser(), PRESETS)
+    with own_folder(args):
+        return train_on_pairs(args)
 
 
 def train_on_pairs(args):

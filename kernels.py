@@ -266,11 +266,15 @@ def use_varlen(model, max_length: int | None = None) -> None:
     unknown = layers - {"full_attention", "sliding_attention"}
     if unknown:
         problems.append(f"layers of type {', '.join(sorted(unknown))} ignore a document's end")
+    longest = getattr(config, "max_position_embeddings", 0)
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    if len(tables) > 1 and max_length and max_length > longest:
+        problems.append(f"it has {longest} learned positions; set --max-length to at most that "
+                        f"(now --max-length {max_length})")
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
     for r in kinds:
-        limit = getattr(config, "max_position_embeddings", 0)
-        limit = r.get("original_max_position_embeddings") or limit
+        limit = r.get("original_max_position_embeddings") or longest
         if r["rope_type"] in ("dynamic", "longrope") and (max_length is None or max_length > limit):
             problems.append(f"its {r['rope_type']} RoPE depends on the longest neighbour beyond "
                             f"{limit} tokens; set --max-length to at most that (now {max_length})")

@@ -27,14 +27,18 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import ctypes
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -181,6 +185,12 @@ def main(argv=None):
     args = parse(argv, parser(), PRESETS)
     if args.train_embeddings == "new" and args.weight_decay:
         raise ValueError("--weight-decay: changes rows that --train-embeddings new freezes; use 0")
+    with own_folder(args):
+        return train(args)
+
+
+def train(args):
+    """A whole SFT run; the result that main prints."""
     started, (rank, world) = time.time(), init_distributed()
     check_machines(args, world)
     tokenizer = data.load_tokenizer(args.model)
@@ -188,6 +198,8 @@ def main(argv=None):
     settings = dict(args=args, tokenizer=tokenizer, template=template, loss_on=args.loss_on)
     train_set, data_key = prepare_rows(args.data, max_examples=args.max_examples, **settings)
     held_set, _ = prepare_rows(args.eval_data, **settings)
+    if args.model != "demo":
+        data_key += data.weights_hash(args.model)
     if stored := check_resume(args, world, data_key):
         return stored
 
@@ -392,6 +404,8 @@ def init_distributed():
     if not dist.is_initialized():
         group = dict(backend=backend, timeout=datetime.timedelta(hours=3))
         if "RANK" in os.environ:
+            if sys.platform == "linux":                     # SIGTERM where the launcher has died
+                ctypes.CDLL(None).prctl(1, signal.SIGTERM)
             local_ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
             if backend == "nccl":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -498,11 +512,19 @@ def from_pretrained(args, tokenizer):
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=352, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
             tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id), dtype=dtype)
-    config = AutoConfig.from_pretrained(args.model)
-    for key in [k for k in vars(config) if k.endswith(("dropout", "pdrop"))]:
+    with data.loading(args.model):
+        config = AutoConfig.from_pretrained(args.model)
+    for key in [k for k in vars(config) if k.endswith(("dropout", "pdrop", "jitter_noise"))]:
         setattr(config, key, 0.0)
-    model = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype,
-                                                 use_safetensors=True)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"--model {args.model}: quantised weights cannot be trained; name the "
+                         "original ones")
+    model = data.load_weights(AutoModelForCausalLM, args.model, config=config, dtype=dtype)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        log(f"--model {args.model}: its generation config is left out: {error}")
+        model.generation_config = type(model.generation_config)()
     rows = len(model.get_input_embeddings().weight)
     vocab = max(rows, len(tokenizer))
     if vocab > rows or device().type == "cuda":
@@ -588,14 +610,17 @@ def peak_gib():
 
 
 # ================================================= shared by all stages: checkpoints, export, log
-def save_checkpoint(engine, folder, step):
-    """All that a resumed run needs. `latest` names it once every rank has written its part, which
-    DeepSpeed does not wait for; then older ones are deleted."""
-    name, rank = f"step-{step}", dist.get_rank()
+def save_checkpoint(engine, folder, history):
+    """All that a resumed run needs, the metrics of its steps with it. `whole` lists the files once
+    every rank has written its own; then older checkpoints are deleted."""
+    step, rank = len(history), dist.get_rank()
+    name = f"step-{step:07}"
     try:
-        engine.save_checkpoint(str(folder), name, client_state={"step": step}, save_latest=False)
+        engine.save_checkpoint(str(folder), name, save_latest=False,
+                               client_state={"history": json.dumps(history)})
+        dist.barrier()
         if rank == 0:
-            write_lines(folder / "latest", [name])
+            write_lines(folder / name / "whole", [p.name for p in (folder / name).glob("*.pt")])
     except (OSError, RuntimeError) as error:
         raise OSError(f"--output {folder.parent}: the checkpoint of step {step} could not be "
                       f"written ({error}); the last one is intact. Free disk space and run the "
@@ -607,25 +632,85 @@ def save_checkpoint(engine, folder, step):
     dist.barrier()
 
 
-def load_checkpoint(engine, folder):
-    """Continue from the last whole checkpoint; returns the steps done. Runs no pickled code."""
-    if not (folder / "latest").exists():
-        return 0
+def is_whole(checkpoint):
+    """Whether its files are all there, with the checksums that torch.save gave their parts."""
+    try:
+        names = (checkpoint / "whole").read_text().split()
+        return names and all(
+            zipfile.ZipFile(checkpoint / name).testzip() is None for name in names)
+    except Exception as error:                              # zipfile has many kinds
+        log(f"{checkpoint} is damaged ({error}); an older one continues, or the run starts anew")
+        return False
+
+
+def load_checkpoint(engine, folder) -> list[dict]:
+    """Continue from the newest whole checkpoint; returns the metrics of the steps done. Runs no
+    pickled code."""
+    whole = [[]]
+    if dist.get_rank() == 0:
+        whole = [sorted(filter(is_whole, folder.glob("step-*")))]
+    dist.broadcast_object_list(whole)
+    if not whole[0]:
+        return []
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"       # DeepSpeed passes weights_only=False
     with torch.serialization.safe_globals([LossScaler, fragment_address, ZeroStageEnum]):
-        return engine.load_checkpoint(str(folder))[1]["step"]
+        state = engine.load_checkpoint(str(folder), whole[0][-1].name)[1]
+    return json.loads(state["history"])
+
+
+# What a run writes below --output, and --overwrite deletes
+RUN_FILES = re.compile(
+    r"(iteration-\d+/)?(checkpoints/.*|export\.writing/.*|run\.json|metrics\.jsonl|curves\.png"
+    r"|\w*config\.json|model[\w-]*\.safetensors(\.index\.json)?|tokenizer\.\w+|merges\.txt"
+    r"|(vocab|added_tokens|special_tokens_map)\.json|chat_template\.jinja|report\.(json|md|png)"
+    r"|(prompts|pairs)\.jsonl|(answers|scores|replies)-\w+\.jsonl|server\.log)(\.\d+)?")
+
+
+def is_run_file(path, folder):
+    return RUN_FILES.fullmatch(path.relative_to(folder).as_posix())
+
+
+@contextlib.contextmanager
+def own_folder(args):
+    """Rank 0 locks --output. ValueError, before anything is written, if another process works
+    there, if it holds files of others, or if --overwrite would delete an input."""
+    rank, _ = init_distributed()
+    if rank > 0:
+        yield
+        return
+    out = Path(args.output)
+    with data.only_process(out):
+        is_run = "stage" in read_json(out / "run.json")
+        for path in out.rglob("*"):
+            foreign = not is_run or (args.overwrite and not is_run_file(path, out))
+            if foreign and path.is_file() and not re.fullmatch(r"lock|run\.json\.\d+", path.name):
+                raise ValueError(f"--output {out} holds {path}, which no run here wrote; move it, "
+                                 "or name another folder")
+        for name in (args.model, vars(args).get("ref") or args.model, *args.data):
+            if args.overwrite and Path(name).resolve().is_relative_to(out.resolve()):
+                raise ValueError(f"--overwrite would delete {name}, an input; name another "
+                                 f"--output than {out}")
+        yield
+
+
+def delete_run(folder):
+    for path in sorted(folder.rglob("*"), reverse=True):    # a folder comes after its files
+        if path.is_dir():
+            path.rmdir()
+        elif is_run_file(path, folder):
+            path.unlink()
 
 
 def check_resume(args, world, data_key, may_change=MAY_CHANGE) -> dict | None:
     """The stored result if --output holds this run, finished. ValueError if it holds a run with
     other settings or data, naming them."""
-    path = Path(args.output) / "run.json"
-    if args.overwrite or not path.exists():
+    out, flags = Path(args.output), json.loads(json.dumps(vars(args)))
+    old = read_json(out / "run.json")
+    if args.overwrite or not old:
         return None
-    old, flags = json.loads(path.read_text()), json.loads(json.dumps(vars(args)))
     flags |= {"number of ranks": world, "content of --data": data_key}
     before = old["flags"] | {"number of ranks": old["world"], "content of --data": old["data"]}
     changed = [f"{name}: was {before.get(name)}, is {flags[name]}" for name in sorted(flags)
@@ -635,6 +720,7 @@ def check_resume(args, world, data_key, may_change=MAY_CHANGE) -> dict | None:
                          "one or --overwrite it:\n" + "\n".join(changed))
     if old.get("result"):
         log(f"{args.output} is finished; this is its stored result")
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)      # a kill may have left them
     return old.get("result")
 
 
@@ -721,11 +807,12 @@ class Run:
         self.args, self.engine, self.steps, self.curves = args, engine, steps, curves
         self.rank, self.out, self.stop = dist.get_rank(), Path(args.output), False
         if self.rank == 0 and args.overwrite:               # only now: all inputs have been checked
-            shutil.rmtree(self.out, ignore_errors=True)
+            delete_run(self.out)
         dist.barrier()
-        self.first = load_checkpoint(engine, self.out / "checkpoints")
+        self.history = load_checkpoint(engine, self.out / "checkpoints")
+        self.first = len(self.history)
         self.before = cumulative(args.model, stage)
-        model, metrics = engine.module.model, self.out / "metrics.jsonl"
+        model = engine.module.model
         n, backend = sum(map(numel, model.parameters())), attention_backend(args, model.config)
         world = dist.get_world_size()
         log(f"{n:,} parameters, {world} rank(s), {args.dtype}, ZeRO {args.zero}, attention by "
@@ -733,13 +820,9 @@ class Run:
         self.info = {"stage": stage, "flags": vars(args), "world": world, "git": git_commit(),
                      "parameters": n, "started": time.strftime("%Y-%m-%d %H:%M:%S"), **info,
                      "versions": {"torch": torch.__version__}}
-        self.history = []
-        if self.first:
-            lines = map(json.loads, metrics.read_text().splitlines())
-            self.history = [m for m in lines if m["step"] <= self.first]
         if self.rank == 0:
             write_json(self.out / "run.json", self.info)
-            write_lines(metrics, map(json.dumps, self.history))
+            write_lines(self.out / "metrics.jsonl", map(json.dumps, self.history))
         self.handler = signal.signal(signal.SIGTERM, self.stop_after_this_step)
         from tqdm import tqdm
         self.bar = tqdm(total=steps, initial=self.first, disable=self.rank > 0, unit="step",
@@ -776,8 +859,8 @@ class Run:
 
     def save_if_due(self, step, stopping) -> dict | None:
         """A checkpoint if it is time; main's result if SIGTERM asked to stop."""
-        if stopping or (step % self.args.save_every == 0 and step < self.steps):
-            save_checkpoint(self.engine, self.out / "checkpoints", step)
+        if stopping or due(step, self.args.save_every, self.steps):
+            save_checkpoint(self.engine, self.out / "checkpoints", self.history)
         if not stopping:
             return None
         self.close()
@@ -821,13 +904,22 @@ def rounded(value):
 def run_main(main):
     """A script's entry: rank 0 prints the result as the last line, an expected error as one
     message."""
+    problem = None
     try:
         result = main()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(json.dumps(rounded(result)), flush=True)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(json.dumps(rounded(result)), flush=True)
+        problem = error
+    except KeyboardInterrupt:
+        problem = "interrupted; the same command continues"
+    except RuntimeError as error:
+        if "by peer" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        problem = f"another rank has ended, its own message says why: {str(error)[:200]}"
+    if problem:
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        os._exit(2)                                         # no waiting for other ranks or threads
     if dist.is_initialized():
         dist.destroy_process_group()
 

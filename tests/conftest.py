@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -38,3 +39,10 @@ def start_ranks(script: str, argv: list, ranks: int, log) -> list[subprocess.Pop
     return [subprocess.Popen([sys.executable, os.path.join(root, script), *map(str, argv)], stdout=open(f"{log}.{r}.log", "a"),
                              stderr=subprocess.STDOUT, env={**os.environ, **world, "RANK": str(r), "LOCAL_RANK": str(r)})
             for r in range(ranks)]
+
+
+# Properties: 50 examples. --hypothesis-profile thorough: 500
+for name, examples in (("suite", 50), ("thorough", 500)):
+    settings.register_profile(name, max_examples=examples, deadline=None, derandomize=True,
+                              suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")

@@ -14,15 +14,18 @@ import sft
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-LINES = re.findall(r"^    (\S.*)$", README, re.M)
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+LINES = re.findall(r"^    (\S.*)$", re.sub(r"```.*?```", "", README, flags=re.S), re.M)
 COMMANDS = [line for line in LINES if not line.startswith(("pip", "pytest", "{"))]
 IN_TABLES = re.findall(r"^\| `(python data\.py [^`]*)`", README, re.M)
 CHAIN = next(line for line in LINES if "&& python sft.py" in line)
 # How a command becomes small enough for a test. Flags of the command itself come later and win.
 SMALL = {
-    "sft.py": "--preset demo --data demo:train=0.02 --max-steps 20 --eval-every 100",
-    "dpo.py": "--preset demo --model runs/sft --max-steps 2 --max-pairs 64 --eval-data demo-pairs:test=0.1",
-    "online_dpo.py": "--preset demo --model runs/dpo --max-steps 2 --max-prompts 16 --iterations 1 "
+    "sft.py": "--preset demo --data demo:test --eval-data demo:test=0.1 --max-steps 20",
+    "dpo.py": "--preset demo --model runs/sft --data demo-pairs:test --max-steps 2 --max-pairs 32 "
+              "--eval-data demo-pairs:test=0.1",
+    "online_dpo.py": "--preset demo --model runs/dpo --data demo:test --eval-data demo-pairs:test=0.1 "
+                     "--max-steps 2 --max-prompts 16 --iterations 1 "
                      "--max-new-tokens 8 --truncated-can-win --judge python:length.py:score",
     "evaluate.py": "stages --data demo:test=0.1 --pairs demo-pairs:test=0.1 --max-new-tokens 8"}
 LARGE = {"google/gemma-2b": "demo", "runs/gemma-2b-sft": "runs/sft", "runs/gemma-2b-dpo": "runs/dpo"}
@@ -36,7 +39,7 @@ def run(command, folder, output=None):
         if output and script != "evaluate.py":
             flags += f" --output {output}"
         command = re.sub(rf"(?<= ){script}", f"{ROOT / script} {flags}", command)
-    command = re.sub(r"(?<= )data\.py (\w+)", rf"{ROOT / 'data.py'} \1 --data demo=0.02", command)
+    command = re.sub(r"(?<= )data\.py (\w+)", rf"{ROOT / 'data.py'} \1 --data demo:test", command)
     command = command.replace("deepspeed ", "deepspeed --num_accelerators 2 ")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(["bash", "-ec", command], cwd=folder, capture_output=True, text=True,
@@ -70,15 +73,14 @@ def test_command(command, place):
 def test_loop_over_beta(place):
     loop = re.search(r"`(for b in [^`]*done)`", README)[1]
     run(loop, place)
-    folders = {path.name for path in (place / "runs").glob("beta-*/run.json")} or {
-        path.parent.name for path in (place / "runs").glob("beta-*/run.json")}
+    folders = {path.parent.name for path in (place / "runs").glob("beta-*/run.json")}
     assert folders == {"beta-0.01", "beta-0.05", "beta-0.1"}
 
 
 def test_snippets(capsys):
     """They run one after the other; the loss is ln 2, the ranking 1 and -1."""
     names = {}
-    for snippet in re.findall(r"```python\n(.*?)```", README, re.S):
+    for snippet in SNIPPETS:
         exec(snippet, names)
     assert names["loss"].item() == pytest.approx(0.693147, abs=1e-5)
     assert names["scores"].tolist() == [1, -1]
@@ -94,7 +96,7 @@ def test_tables_name_what_exists():
     help_texts = "".join((ROOT / f"{module}.py").read_text() for module in
                          ("data", "sft", "dpo", "online_dpo", "evaluate"))
     for flag in set(re.findall(r"(?<=[`\s])--[a-z][\w-]+", README)):
-        known = f'"{flag}"' in help_texts or flag in ("--slow", "--real-data", "--num_nodes", "--no-build-isolation")
+        known = f'"{flag}"' in help_texts or flag in ("--slow", "--real-data", "--port", "--hostfile")
         assert known, flag
     commands = evaluate.parser()._subparsers._group_actions[0].choices
     for name in re.findall(r"`evaluate\.py ([a-z-]+)", README):
