@@ -7,8 +7,8 @@ import pytest
 
 import studies
 
-STUDIES = ["real_model", "online", "beta", "scaling", "report"]
-SLOW = ["packing", "margins", "reference", "selection"]
+STUDIES = ["real_model", "online"]
+SLOW = ["beta", "scaling", "report", "packing", "margins", "reference", "selection"]
 
 
 @pytest.fixture(scope="module")
