@@ -1216,6 +1216,7 @@ def stats_table(stats):
 def table(rows):
     """Rows as an aligned Markdown table."""
     rows = pandas.DataFrame(rows)
+    rows = rows.astype(object).where(rows.notna(), None)    # None is shown as -, NaN is not
     return rows.to_markdown(index=False, floatfmt=".4g", intfmt=",", missingval="-")
 
 

@@ -21,7 +21,8 @@ Differs from the paper
  2. All embeddings train. The release trains only special rows (--train-embeddings new).
  3. A document cut by --packing concat continues as a segment of its own; one token is repeated.
 
-Step 0 of a random model costs about ln V nats per target. The demo ends near 0.32, held out.
+Step 0 of a random model costs about ln V nats per target. The demo ends near 0.39, held out.
+README.md tables the memory per GPU of each ZeRO stage.
 """
 from __future__ import annotations
 
@@ -827,7 +828,7 @@ class Run:
         from tqdm import tqdm
         self.bar = tqdm(total=steps, initial=self.first, disable=self.rank > 0, unit="step",
                         ncols=100)
-        self.clock, self.seen = time.time(), 0
+        self.clock, self.seconds, self.seen = time.time(), 0, 0
         self.minute = collections.deque([(self.clock, 0)])  # (time, tokens seen), the last minute
 
     def stop_after_this_step(self, *_):
@@ -849,6 +850,7 @@ class Run:
     def record(self, now):
         """A step's metrics into metrics.jsonl, the trackers and the bar."""
         self.history.append(now)
+        self.seconds = time.time() - self.clock             # without the last checkpoint
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(now) + "\n")
@@ -872,7 +874,6 @@ class Run:
         metrics."""
         self.bar.close()
         signal.signal(signal.SIGTERM, self.handler)
-        self.seconds = time.time() - self.clock
         return self.history[-1] if self.history else {}
 
     def finish(self, result):
