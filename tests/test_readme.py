@@ -100,7 +100,8 @@ def test_tables_name_what_exists():
     help_texts = "".join((ROOT / f"{module}.py").read_text() for module in
                          ("data", "sft", "dpo", "online_dpo", "evaluate"))
     for flag in set(re.findall(r"(?<=[`\s])--[a-z][\w-]+", README)):
-        known = f'"{flag}"' in help_texts or flag in ("--slow", "--real-data", "--port", "--hostfile")
+        known = f'"{flag}"' in help_texts or flag in (
+            "--slow", "--real-data", "--port", "--hostfile", "--repeat")
         assert known, flag
     commands = evaluate.parser()._subparsers._group_actions[0].choices
     for name in re.findall(r"`evaluate\.py ([a-z-]+)", README):
