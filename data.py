@@ -1213,10 +1213,14 @@ def stats_table(stats):
     return "\n".join(lines)
 
 
+def without_nan(t):
+    """A DataFrame or Series with None in place of NaN, which JSON does not have."""
+    return t.astype(object).where(t.notna(), None)
+
+
 def table(rows):
-    """Rows as an aligned Markdown table."""
-    rows = pandas.DataFrame(rows)
-    rows = rows.astype(object).where(rows.notna(), None)    # None is shown as -, NaN is not
+    """Rows as an aligned Markdown table, with - for what is missing."""
+    rows = without_nan(pandas.DataFrame(rows))
     return rows.to_markdown(index=False, floatfmt=".4g", intfmt=",", missingval="-")
 
 
@@ -1572,7 +1576,7 @@ def read_rows(args) -> pandas.DataFrame:
 def write_rows(args, rows, marks, **report):
     """rows.jsonl: the rows' lines with the columns `marks`. report.json: what is returned."""
     out = Path(args.output)
-    marks = rows[marks].astype(object).where(rows[marks].notna(), None).to_dict("records")
+    marks = without_nan(rows[marks]).to_dict("records")
     write_lines(out / "rows.jsonl", (json.dumps(json.loads(line) | mark)
                                      for line, mark in zip(rows.line, marks)))
     report |= {"rows": len(rows), "output": args.output}
@@ -1843,13 +1847,17 @@ def scores_of(name, kind, texts, args):
     return np.array([values[text] for text in texts], dtype=float)
 
 
+def local_folder(model, *patterns):
+    """A model's folder. Of a Hub id it is the local copy of the files that fit the patterns."""
+    if os.path.isdir(model):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    return Path(snapshot_download(model, allow_patterns=[*patterns]))
+
+
 def weights_hash(model):
-    """A hash of a model's weights and config by content. A Hub id is looked up in its local
-    copy."""
-    folder = Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        folder = Path(snapshot_download(model, allow_patterns=["*.safetensors", "config.json"]))
+    """A hash of a model's weights and config by content."""
+    folder = local_folder(model, "*.safetensors", "config.json")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ValueError(f"{model}: no .safetensors file there; name a model folder or a Hub id")

@@ -53,13 +53,13 @@ from numpy.polynomial.polynomial import polyfit, polyval
 
 import data
 from data import (HelpFormatter, hash_of, positive, read_growing, read_json, table, user,
-                  write_json, write_lines)
+                  without_nan, write_json, write_lines)
 from dpo import CURVES, copy_of, frozen_logps
 from online_dpo import (ask_llm, check_judge, check_sampling, check_urls, fill, final_text,
                         judge_flags, load_judge, read_prompts, refused_parts, reply_keys,
                         request_flags, sample_phase, sampling_flags)
-from sft import (default_dtype, device, git_commit, init_distributed, log, plot_curves,
-                 prepare_rows, run_main, torch_dtype)
+from sft import (default_dtype, default_micro_tokens, device, git_commit, init_distributed, log,
+                 plot_curves, prepare_rows, run_main, torch_dtype)
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 SHUT_DOWN = {"gpt-4-1106-preview": "2026-03-26", ANNOTATOR: "2026-03-26",
@@ -838,11 +838,6 @@ def stages(args, _):
     return {"stages": rows}
 
 
-def without_nan(t):
-    """A DataFrame or Series with None in place of NaN, which JSON does not have."""
-    return t.astype(object).where(t.notna(), None)
-
-
 def interval(of):
     """"SCORE (LOW .. HIGH)", or the score alone where it has no interval."""
     if of["low"] is None:
@@ -856,7 +851,7 @@ def pair_margins(args, names):
     the data's hash."""
     args = copy_of(
         args,
-        micro_tokens=max(args.max_length, 16384 * torch.cuda.is_available()),
+        micro_tokens=default_micro_tokens(args.max_length),
         gradient_checkpointing=False,
         empty_system=0.0,
         model=names[0],
@@ -1068,7 +1063,6 @@ def verdict_flags(add, max_tokens, parses, parse=None):
     add("--judge-max-tokens", type=positive, default=max_tokens, help="tokens per verdict at most")
     add("--dry-run", action="store_true", help="count calls, tokens and cost; send nothing")
     add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="per million tokens")
-
 
 
 def parser():

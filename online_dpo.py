@@ -673,11 +673,7 @@ class PairRM(torch.nn.Module):
         from safetensors.torch import load_file
         from tokenizers import Tokenizer
         from transformers import AutoTokenizer, DebertaV2Config
-        folder = Path(name)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-            wanted = ["*.safetensors", "*.json", "*.model"]
-            folder = Path(snapshot_download(name, allow_patterns=wanted))
+        folder = data.local_folder(name, "*.safetensors", "*.json", "*.model")
         file, = folder.glob("*.safetensors")
         state = load_file(file)
         known = json.loads((folder / "config.json").read_text())
@@ -774,8 +770,8 @@ def pairrm_judge(args, name):
         for row in rows:
             texts = [a["text"] for a in row["answers"]]
             pairs, n = pairrm_rows(tokenizer, as_text(row["prompt"]), texts)
-            ids = ids + list(pairs.values())
-            cut = cut + n
+            ids += pairs.values()
+            cut += n
         if cut:
             print(f"pairrm: {cut} texts were cut to its 2048 tokens", file=sys.stderr)
         return pairrm_logits(model, tokenizer, ids, args.judge_tokens)
@@ -1100,8 +1096,8 @@ def write_reports(folder, reports):
 # Flags of this script that change answers, scores or pairs at most by rounding. They are hidden
 # from DPO, so that its own check of changed flags lets them change. Two of sft.MAY_CHANGE must not:
 # --export-dtype decides the next iteration's policy, --eval-data its stored result.
-NOT_OF_TRAINING = ("sampling_rows", "judge_tokens", "concurrency", "timeout", "retries", "base_url",
-             "judge_url", "serve", "iterations")
+NOT_OF_TRAINING = ("sampling_rows", "judge_tokens", "concurrency", "timeout", "retries",
+                   "base_url", "judge_url", "serve", "iterations")
 ONLINE_MAY_CHANGE = {*NOT_OF_TRAINING, *MAY_CHANGE} - {"export_dtype", "eval_data"}
 
 
@@ -1199,9 +1195,9 @@ def main(argv=None):
 
 
 def all_iterations(args):
-    """A whole run; the result that main prints."""
+    """A whole run. Returns the result that main prints."""
     started = time.time()
-    (rank, world) = init_distributed()
+    rank, world = init_distributed()
     out = Path(args.output)
     check_machines(args, world)
     tokenizer = data.load_tokenizer(args.model)

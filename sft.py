@@ -187,11 +187,11 @@ def main(argv=None):
     if args.train_embeddings == "new" and args.weight_decay:
         raise ValueError("--weight-decay: changes rows that --train-embeddings new freezes; use 0")
     with own_folder(args):
-        return train(args)
+        return train_on_rows(args)
 
 
-def train(args):
-    """A whole SFT run; the result that main prints."""
+def train_on_rows(args):
+    """A whole SFT run. Returns the result that main prints."""
     started, (rank, world) = time.time(), init_distributed()
     check_machines(args, world)
     tokenizer = data.load_tokenizer(args.model)
@@ -317,7 +317,7 @@ def stage_parser(description, presets) -> argparse.ArgumentParser:
     add("--local_rank", "--local-rank", type=int, default=0, help="set by the deepspeed launcher")
     add = p.add_argument_group("output").add_argument
     add("--output", help="folder of the run")
-    add("--overwrite", action="store_true", help="delete --output first")
+    add("--overwrite", action="store_true", help="delete what an earlier run wrote to --output")
     add("--save-every", type=positive, default=200, help="steps between checkpoints; SIGTERM saves "
         "as well, but the deepspeed launcher kills 30 s after it: too soon for a large model")
     add("--eval-every", type=positive, help="steps between evaluations; None: a quarter of the run")
@@ -333,8 +333,7 @@ def parse(argv, p, presets) -> argparse.Namespace:
     args.preset = preset
     print(f"preset: {preset}" if preset else f"no preset for --model {args.model}; using the "
           "defaults shown by --help", file=sys.stderr)
-    args.micro_tokens = args.micro_tokens or max(
-        args.max_length, 16384 * torch.cuda.is_available())
+    args.micro_tokens = args.micro_tokens or default_micro_tokens(args.max_length)
     args.dtype_given = args.dtype is not None
     args.dtype = args.dtype or default_dtype()
     args.zero = int(args.dtype == "bf16") if args.zero is None else args.zero
@@ -347,6 +346,11 @@ def parse(argv, p, presets) -> argparse.Namespace:
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_micro_tokens(max_length):
+    """--micro-tokens None."""
+    return max(max_length, 16384 * torch.cuda.is_available())
 
 
 def default_dtype():
@@ -848,7 +852,7 @@ class Run:
                 "flops": useful_flops(self.engine.module.model, tokens, targets, attended)}
 
     def record(self, now):
-        """A step's metrics into metrics.jsonl, the trackers and the bar."""
+        """Write a step's metrics to metrics.jsonl and show them in the bar."""
         self.history.append(now)
         self.seconds = time.time() - self.clock             # without the last checkpoint
         if self.rank == 0:
