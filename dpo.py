@@ -44,8 +44,8 @@ from data import PAIR_LISTS, growing, positive, read_growing
 from kernels import Group, LogProbs, layout, sequence_logps
 from sft import (Run, all_sum, attention_backend, check_finite, check_machines, check_resume,
                  clip_and_step, device, due, export, init_distributed, laid_out, load_model, log,
-                 make_engine, micro_batches, own_folder, parse, plan_steps, prepare_rows, run_main,
-                 set_learning_rate, stage_parser)
+                 make_engine, micro_batches, own_folder, parse, plan_steps, prepare_rows, published,
+                 run_main, set_learning_rate, stage_parser)
 
 PRESETS = {  # the paper's table as argparse defaults
     "demo": dict(model="runs/sft", data=["demo-pairs:train"], eval_data=["demo-pairs:test"],
@@ -64,34 +64,57 @@ CURVES = {"loss": "loss (ln 2 if policy = reference)", "margin": "reward margin 
 
 
 # ------------------------------------------------------------------------------- loss and metrics
-def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta: float):
-    """The DPO loss of P pairs, summed (Rafailov et al. 2305.18290, eq. 7; LIONs section 3).
+def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta: float, loss="sigmoid",
+             label_smoothing=0.0):
+    """The loss of P pairs, summed. With m_p = r_w - r_l, r = beta (log pi(y|x) - log pi_ref(y|x)):
 
-        L = - sum_p log sigmoid( beta (log pi(y_w|x) - log pi_ref(y_w|x))
-                                 - beta (log pi(y_l|x) - log pi_ref(y_l|x)) )
+        sigmoid  - sum_p (1 - eps) log sigmoid(m_p) + eps log sigmoid(-m_p)
+        ipo        sum_p (m_p / beta - 1 / (2 beta))^2
 
-    All (P,) float32 nats, sums over an answer's tokens. Returns a scalar, to be divided once by the
-    pairs of the step. Check value: policy = reference gives P ln 2.
+    sigmoid is DPO (Rafailov et al. 2305.18290, eq. 7; LIONs section 3). eps = label_smoothing, the
+    share of pairs whose labels are wrong, makes it cDPO (Mitchell 2023, "A note on DPO with noisy
+    preferences"). ipo: Azar et al. 2310.12036, eq. 17, beta in place of tau.
+
+    All (P,) float32 nats: sums over an answer's tokens, or means per token (--length-normalise).
+    Returns a scalar, to be divided once by the pairs of the step. Check value: policy = reference
+    gives P ln 2, for ipo P / (4 beta^2).
     """
     r_w, r_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)       # (P,) rewards
-    return -F.logsigmoid(r_w - r_l).sum()
+    m = r_w - r_l
+    if loss == "ipo":
+        return ((m - 0.5) / beta).square().sum()
+    return -((1 - label_smoothing) * F.logsigmoid(m) + label_smoothing * F.logsigmoid(-m)).sum()
+
+
+def pair_loss(args, logps, ref, lengths):
+    """The loss that the flags name, summed over P pairs: dpo_loss, on log-probs per token with
+    --length-normalise, plus --nll-weight times -log pi(y_w|x) / |y_w| (Pang et al. 2404.19733, eq. 1).
+    All (P, 2), chosen then rejected; lengths |y| in tokens."""
+    nll = -(logps / lengths)[:, 0].sum()
+    if args.length_normalise:
+        logps, ref = logps / lengths, ref / lengths
+    loss = dpo_loss(*logps.unbind(1), *ref.unbind(1), args.beta, args.loss, args.label_smoothing)
+    return loss + args.nll_weight * nll
 
 
 METRICS = ("loss", "margin", "accuracy", "reward_w", "reward_l", "logp_w", "logp_l", "ratio_w",
-           "ratio_l")
+           "ratio_l", "nll_w")
 
 
-def dpo_metrics(logp_w, logp_l, ref_logp_w, ref_logp_l, beta: float):
-    """Sums over P pairs of METRICS, (9,) float64: loss, margin r_w - r_l, accuracy [r_w > r_l],
-    rewards r, log-probs and log-ratios log pi/pi_ref of both answers (nats). Policy = reference
-    gives P ln 2, then zeros for margin, accuracy, rewards and ratios."""
-    logp_w, logp_l, ref_logp_w, ref_logp_l = (
-        x.detach().double() for x in (logp_w, logp_l, ref_logp_w, ref_logp_l))
-    ratio_w, ratio_l = logp_w - ref_logp_w, logp_l - ref_logp_l                 # (P,)
-    margin = beta * (ratio_w - ratio_l)                                         # (P,)
-    return torch.stack([x.sum() for x in (
-        -F.logsigmoid(margin), margin, (margin > 0).double(), beta * ratio_w, beta * ratio_l,
-        logp_w, logp_l, ratio_w, ratio_l)])
+def pair_metrics(args, logps, ref, lengths):
+    """Sums over P pairs of METRICS, (10,) float64: loss, margin r_w - r_l, accuracy [r_w > r_l],
+    rewards r (per token with --length-normalise), then, whatever the loss, log-probs and log-ratios
+    log pi/pi_ref of both answers in nats, and the chosen answer's nats per token. Policy =
+    reference gives zeros for margin, accuracy, rewards and ratios."""
+    logps, ref, lengths = (x.detach().double() for x in (logps, ref, lengths))
+    ratio = logps - ref                                                         # (P, 2)
+    r = args.beta * ratio
+    if args.length_normalise:
+        r = r / lengths
+    margin = r[:, 0] - r[:, 1]
+    nll = -(logps / lengths)[:, 0]
+    return torch.hstack([pair_loss(args, logps, ref, lengths), margin.sum(), (margin > 0).sum(),
+                         r.sum(0), logps.sum(0), ratio.sum(0), nll.sum()])
 
 
 # ------------------------------------------------------------------------------------------ pairs
@@ -141,15 +164,21 @@ def pair_logps(logp_module, batch, n: int):
     return sequence_logps(logp_module(batch), batch.sequence, 2 * n).view(n, 2)
 
 
+def pair_lengths(batch, n: int):
+    """|y|, the targets of each answer: (n, 2) float32."""
+    ones = torch.ones_like(batch.sequence, dtype=torch.float32)
+    return sequence_logps(ones, batch.sequence, 2 * n).view(n, 2)
+
+
 @torch.no_grad()
-def evaluate_pairs(engine, pairs, beta, limit, rank, world):
+def evaluate_pairs(args, engine, pairs, rank, world):
     """Means of METRICS over held-out pairs, split over ranks; names begin with eval_."""
     engine.eval()
     sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device())
-    micros = micro_batches(pairs.tokens.tolist(), limit, world)[rank]
+    micros = micro_batches(pairs.tokens.tolist(), args.micro_tokens, world)[rank]
     for batch, ref in laid_out(pairs, range(len(pairs)), micros):
-        logps = pair_logps(engine, batch, len(ref))
-        sums += dpo_metrics(*logps.unbind(1), *ref.unbind(1), beta)
+        n = len(ref)
+        sums += pair_metrics(args, pair_logps(engine, batch, n), ref, pair_lengths(batch, n))
     engine.train()
     return {f"eval_{k}": v / len(pairs) for k, v in zip(METRICS, all_sum([sums]))}
 
@@ -162,6 +191,14 @@ def parser():
     add = p.add_argument_group("stage 2").add_argument
     add("--beta", type=float, default=0.1,
         help="strength of the KL penalty; the paper sweeps 0.01 to 0.5")
+    add("--loss", choices=["sigmoid", "ipo"], default="sigmoid", help="DPO, or IPO on sums of "
+        "log-probs; with --length-normalise on means per token, as in TRL")
+    add("--label-smoothing", type=float, default=0.0,
+        help="cDPO: share of pairs with the wrong label, 0 to 0.5")
+    add("--nll-weight", type=float, default=0.0,
+        help="RPO: times the chosen answer's nats per token, added to the loss")
+    add("--length-normalise", action="store_true",
+        help="log-probs per token; --beta is then larger by about |y|: 2 to 10")
     add("--ref", help="reference model, its tokenizer may differ; None: --model")
     add("--max-pairs", type=positive, help="the first N pairs of a seeded permutation; None: all")
     add("--max-prompt-length", type=positive, default=512,
@@ -175,13 +212,16 @@ def parser():
 def main(argv=None):
     args = parse(argv, parser(), PRESETS)
     with own_folder(args):
-        return train_on_pairs(args)
+        return published(args, train_on_pairs(args))
 
 
 def train_on_pairs(args):
     """A whole DPO run; the result that main prints."""
     if not args.beta > 0:
         raise ValueError(f"--beta {args.beta}: must be above 0; at 0 every reward is 0")
+    if not 0 <= args.label_smoothing < 0.5 or (args.label_smoothing and args.loss == "ipo"):
+        raise ValueError(f"--label-smoothing {args.label_smoothing}: must be at least 0 and below "
+                         "0.5, where labels say nothing; --loss ipo has none")
     if args.max_prompt_length >= args.max_length:
         raise ValueError(f"--max-prompt-length {args.max_prompt_length}: leaves no room for "
                          f"answers; must be below --max-length {args.max_length}")
@@ -218,22 +258,22 @@ def train_on_pairs(args):
         sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device())
         for m, (batch, ref) in enumerate(laid_out(train, wanted, mine)):
             logps = pair_logps(engine, batch, len(ref))                         # (P, 2) nats
-            (logp_w, logp_l), (ref_w, ref_l) = logps.unbind(1), ref.unbind(1)   # (P,) each
-            loss = dpo_loss(logp_w, logp_l, ref_w, ref_l, args.beta) / len(wanted)
+            lengths = pair_lengths(batch, len(ref))                             # (P, 2) tokens
+            loss = pair_loss(args, logps, ref, lengths) / len(wanted)
             engine.set_gradient_accumulation_boundary(m == len(mine) - 1)
             engine.backward(loss * world, scale_wrt_gas=False)                  # ranks are averaged
-            sums += dpo_metrics(logp_w, logp_l, ref_w, ref_l, args.beta)
+            sums += pair_metrics(args, logps, ref, lengths)
         lr = set_learning_rate(engine, args, step, steps)
         *sums, stopping = all_sum([sums, run.stop])
         now = {"step": step + 1} | {k: v / len(wanted) for k, v in zip(METRICS, sums)} | {"lr": lr}
         if step == 0 and ref_name == args.model:
-            check_step_0(now["loss"], args.dtype)
+            check_step_0(args, now)
         now["grad_norm"] = clip_and_step(engine, args.zero)
         check_finite(now, "pairs", wanted)
         # -----------------------------------------------------------------------------------------
         now |= run.cost(train, wanted)
         if held and due(step + 1, args.eval_every, steps):
-            now |= evaluate_pairs(engine, held, args.beta, args.micro_tokens, rank, world)
+            now |= evaluate_pairs(args, engine, held, rank, world)
         run.record(now)
         if stopped := run.save_if_due(step + 1, stopping):
             return stopped
@@ -244,12 +284,19 @@ def train_on_pairs(args):
     return run.finish(result)
 
 
-def check_step_0(loss, dtype):
-    """With the policy as reference the first loss is ln 2, or something differs between the two."""
-    allowed = {"fp32": 1e-5, "bf16": 0.01}[dtype]
-    if abs(loss - math.log(2)) > allowed:
+def check_step_0(args, now):
+    """With the policy as reference the first loss is dpo_loss at 0, ln 2 for sigmoid, or something
+    differs between the two."""
+    allowed = {"fp32": 1e-5, "bf16": 0.01}[args.dtype]
+    if args.loss == "ipo":
+        allowed *= 2 / args.beta ** 2                       # its slope at 0 beside sigmoid's 1/2
+    loss = now["loss"] - args.nll_weight * now["nll_w"]
+    zeros = torch.zeros(4, 1, dtype=torch.float64)
+    expected = dpo_loss(*zeros, args.beta, args.loss, args.label_smoothing).item()
+    if abs(loss - expected) > allowed:
         raise ValueError(
-            f"step 0: the loss is {loss:.6f}, not ln 2 = {math.log(2):.6f} within {allowed:g}, "
+            f"step 0: the loss is {loss:.6f}, not {expected:.6f} (ln 2 = 0.693147 with --loss "
+            f"sigmoid) within {allowed:g}, "
             "though the policy is the reference. Likely causes: one of the two was cast as a whole "
             "(model.to(bfloat16) rounds rotary frequencies as well; load it with dtype=), dropout "
             "is on, the forward is not deterministic, another back end or dtype made the "
@@ -283,7 +330,8 @@ def frozen_logps(args, name, dataset, tokenizer) -> np.ndarray:
     log(f"log-probs under {name}: {len(missing)} of {len(pairs)} pairs are not yet in {folder}")
     if missing:
         missing.sort(key=lambda i: -pairs.tokens[i])
-        model = load_model(copy_of(args, model=name, gradient_checkpointing=False), own, new_ids)
+        model = load_model(copy_of(args, model=name, gradient_checkpointing=False, lora_rank=None),
+                           own, new_ids)
         compute_logps(LogProbs(model.eval()), pairs, missing, folder, args)
         del model
         dist.barrier()

@@ -58,7 +58,8 @@ import data
 import dpo
 from data import (growing, hash_of, positive, prompt_ids, read_growing, write_json, write_lines)
 from sft import (MAY_CHANGE, all_sum, check_machines, check_resume, delete_run, device, git_commit,
-                 init_distributed, log, own_folder, parse, prepare_rows, run_main, torch_dtype)
+                 init_distributed, log, own_folder, parse, prepare_rows, published, run_main,
+                 torch_dtype)
 
 ULTRAFEEDBACK = dict(data=["HuggingFaceH4/ultrafeedback_binarized:train_prefs"], epochs=1, lr=5e-7,
                      max_length=2048, max_prompt_length=512, gradient_checkpointing=True)
@@ -1038,8 +1039,9 @@ def iterate(args, iteration, policy, all_rows, tokenizer, template):
         write_lines(folder / "pairs.jsonl", map(json.dumps, pairs))
     dist.barrier()
     sources = [str(folder / "pairs.jsonl"), *args.mix]
+    first = args.model if args.reference == "first" else None
     trained = dpo.train_on_pairs(dpo.copy_of(
-        args, model=policy, ref=None, data=sources, output=str(folder), empty_system=0.0,
+        args, model=policy, ref=first, data=sources, output=str(folder), empty_system=0.0,
         min_gap=None, overwrite=False, **dict.fromkeys(NOT_OF_TRAINING)))
     if trained.get("stopped"):
         return trained
@@ -1142,6 +1144,8 @@ def parser():
     add("--samples", type=positive, default=5, help="K, answers per prompt")
     add("--max-prompts", type=positive, help="prompts per iteration; None: all")
     add("--iterations", type=positive, default=1, help="rounds of sampling, judging and training")
+    add("--reference", choices=["policy", "first"], default="policy",
+        help="of DPO: the policy that samples, or --model in every iteration, as in RLHFlow")
     add("--truncated-can-win", action="store_true", help="answers cut by --max-new-tokens may win")
     add("--mix", nargs="+", default=[], help="original pairs to train on as well, as for --data")
     sampling_flags(p.add_argument_group("sampling").add_argument, 2048, 0.8)
@@ -1185,13 +1189,12 @@ def main(argv=None):
     if args.samples < 2:
         raise ValueError(f"--samples {args.samples}: must be at least 2, the best and the worst")
     if args.ref:
-        raise ValueError(f"--ref {args.ref}: leave it out, the policy that samples is the "
-                         "reference")
+        raise ValueError(f"--ref {args.ref}: leave it out, --reference says which policy it is")
     if args.iterations > 1 and args.base_url:
         raise ValueError("--iterations: a server at --base-url keeps serving the first policy; use "
                          "--serve, or run one iteration after the other with --model")
     with own_folder(args):
-        return all_iterations(args)
+        return published(args, all_iterations(args))
 
 
 def all_iterations(args):

@@ -30,6 +30,7 @@ import argparse
 import collections
 import contextlib
 import ctypes
+import importlib
 import json
 import math
 import os
@@ -175,8 +176,8 @@ def parser() -> argparse.ArgumentParser:
     add("--max-examples", type=positive, help="the first N of a seeded permutation; None: all")
     add("--packing", choices=["bfd", "concat", "none"], default="bfd",
         help="best-fit decreasing, concatenated, or one document per row")
-    add("--loss-on", choices=["assistant", "all"], default="assistant",
-        help="which tokens are targets")
+    add("--loss-on", choices=["assistant", "last", "all"], default="assistant",
+        help="which tokens are targets: of all answers, of the last one, or all tokens")
     add("--loss-norm", choices=["token", "sequence"], default="token", help="weight 1 or 1/|y|")
     add("--train-embeddings", choices=["all", "new"], default="all", help="new: special rows only")
     return p
@@ -187,7 +188,7 @@ def main(argv=None):
     if args.train_embeddings == "new" and args.weight_decay:
         raise ValueError("--weight-decay: changes rows that --train-embeddings new freezes; use 0")
     with own_folder(args):
-        return train_on_rows(args)
+        return published(args, train_on_rows(args))
 
 
 def train_on_rows(args):
@@ -217,7 +218,7 @@ def train_on_rows(args):
 
     new_ids = tokenizer.convert_tokens_to_ids(list(template.new_tokens))
     model = load_model(args, tokenizer, new_ids)
-    if args.train_embeddings == "new":
+    if args.train_embeddings == "new" and not args.lora_rank:
         for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
             train_rows_only(table, [*new_ids, template.end_of_turn_id])
     engine = make_engine(args, LogProbs(model))
@@ -262,6 +263,7 @@ def train_on_rows(args):
 
 def train_rows_only(weight, ids):
     """Zero the gradient of every other row of an embedding table."""
+    weight.requires_grad_(True)
     def keep(grad):
         kept = torch.zeros_like(grad)
         kept[ids] = grad[ids]
@@ -273,7 +275,7 @@ def train_rows_only(weight, ids):
 # Flags that change a result at most by rounding: a resumed run may change them.
 MAY_CHANGE = ("micro_tokens", "gradient_checkpointing", "offload", "save_every", "eval_every",
               "eval_data", "export_dtype", "num_proc", "cache_dir", "output", "overwrite",
-              "local_rank", "dtype_given")
+              "local_rank", "dtype_given", "report_to", "push_to_hub", "hub_public")
 
 
 def stage_parser(description, presets) -> argparse.ArgumentParser:
@@ -315,6 +317,12 @@ def stage_parser(description, presets) -> argparse.ArgumentParser:
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
         help="less memory, a third more time")
     add("--local_rank", "--local-rank", type=int, default=0, help="set by the deepspeed launcher")
+    add = p.add_argument_group("LoRA").add_argument
+    add("--lora-rank", type=positive, help="train low-rank updates of this rank; None: all weights")
+    add("--lora-alpha", type=float, help="updates are scaled by alpha / rank; None: twice the rank")
+    add("--lora-targets", nargs="+", default=["all-linear"], help="names of linear layers")
+    add("--keep-adapter", action="store_true",
+        help="write the adapter for peft to --output/adapter, beside the merged model")
     add = p.add_argument_group("output").add_argument
     add("--output", help="folder of the run")
     add("--overwrite", action="store_true", help="delete what an earlier run wrote to --output")
@@ -322,6 +330,11 @@ def stage_parser(description, presets) -> argparse.ArgumentParser:
         "as well, but the deepspeed launcher kills 30 s after it: too soon for a large model")
     add("--eval-every", type=positive, help="steps between evaluations; None: a quarter of the run")
     add("--export-dtype", choices=["fp32", "bf16"], default="fp32", help="of the exported weights")
+    add("--report-to", choices=["wandb", "trackio", "tensorboard", "mlflow"], help="a tracker of "
+        "metrics.jsonl, curves.png and the result; None: files only")
+    add("--push-to-hub", metavar="OWNER/NAME", help="upload the model with a card; offline, or "
+        "with HF_HUB_OFFLINE=1, only the card is written")
+    add("--hub-public", action="store_true", help="make that repository public")
     return p
 
 
@@ -501,9 +514,37 @@ def load_model(args, tokenizer, new_ids):
         raise ValueError(f"--model {args.model}: NaN or infinite weights in {', '.join(bad[:5])}; "
                          "the run that made it diverged, or the file is damaged")
     use_varlen(model, args.max_length)
+    if args.lora_rank:
+        add_lora(args, model, new_ids)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def needs(package, install=None):
+    """An optional package, or an error that names the line that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f"{package} cannot be imported ({error}); pip install "
+                         f"{install or package}") from None
+
+
+def add_lora(args, model, new_ids):
+    """Freeze all weights but those of x -> W x + (alpha / r) B A x in --lora-targets, B = 0 at the
+    start (Hu et al. 2106.09685, section 4.1), and the embeddings of new tokens."""
+    peft = needs("peft", "peft==0.21.2")
+    targets = args.lora_targets
+    config = peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha or 2 * args.lora_rank,
+                             target_modules=targets[0] if targets == ["all-linear"] else targets)
+    peft.inject_adapter_in_model(config, model)
+    if new_ids:
+        if args.keep_adapter or args.weight_decay:
+            raise ValueError("--lora-rank: the rows of new tokens train as well; an adapter cannot "
+                             "hold them, weight decay would change all rows: leave out "
+                             "--keep-adapter and --weight-decay")
+        for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            train_rows_only(table, new_ids)
 
 
 def from_pretrained(args, tokenizer):
@@ -597,13 +638,17 @@ def numel(p):
 
 def useful_flops(model, tokens, targets, attended):
     """FLOPs of forward and backward that the result needs: 6 per weight and token in the body, 6
-    per weight of the head and target, 12 per layer, head width and (query, key) pair."""
+    per weight of the head and target, 12 per layer, head width and (query, key) pair. A frozen
+    weight has no gradient of its own and needs 4."""
     config, head = model.config.get_text_config(), model.get_output_embeddings().weight
-    size = numel(head)
-    body = sum(map(numel, model.parameters())) - size * (1 if config.tie_word_embeddings else 2)
+    tables = {*model.get_input_embeddings().parameters(), head}
+
+    def per_token(weights):
+        return sum(numel(p) * (4 + 2 * p.requires_grad) for p in weights)
+    body = per_token(p for p in model.parameters() if p not in tables)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim
-    return float(6 * body * tokens + 6 * size * targets + attention * attended)
+    return float(body * tokens + per_token([head]) * targets + attention * attended)
 
 
 def peak_gib():
@@ -671,7 +716,8 @@ RUN_FILES = re.compile(
     r"(iteration-\d+/)?(checkpoints/.*|export\.writing/.*|run\.json|metrics\.jsonl|curves\.png"
     r"|\w*config\.json|model[\w-]*\.safetensors(\.index\.json)?|tokenizer\.\w+|merges\.txt"
     r"|(vocab|added_tokens|special_tokens_map)\.json|chat_template\.jinja|report\.(json|md|png)"
-    r"|(prompts|pairs)\.jsonl|(answers|scores|replies)-\w+\.jsonl|server\.log)(\.\d+)?")
+    r"|(prompts|pairs)\.jsonl|(answers|scores|replies)-\w+\.jsonl|server\.log"
+    r"|adapter/.*|tensorboard/.*|README\.md)(\.\d+)?")
 
 
 def is_run_file(path, folder):
@@ -730,7 +776,8 @@ def check_resume(args, world, data_key, may_change=MAY_CHANGE) -> dict | None:
 
 
 def export(engine, tokenizer, end_of_turn_id, args):
-    """An ordinary Hugging Face folder from the fp32 masters, at any ZeRO stage."""
+    """An ordinary Hugging Face folder from the fp32 masters, at any ZeRO stage. LoRA is merged."""
+    from deepspeed import zero
     from deepspeed.utils import safe_get_full_fp32_param
     model, folder, state = engine.module.model, Path(args.output), {}
     rank = dist.get_rank()
@@ -738,12 +785,16 @@ def export(engine, tokenizer, end_of_turn_id, args):
     tables = {*model.get_input_embeddings().parameters(),
               *model.get_output_embeddings().parameters()}
     for name, p in model.named_parameters():
-        has_master = hasattr(p, "_hp_mapping") or hasattr(p, "ds_id")
-        full = safe_get_full_fp32_param(p) if has_master else p.data
-        if rank == 0:
-            rows = slice(vocab if p in tables else None)    # without padding
-            state[name] = full.detach()[rows].to("cpu", dtype, copy=True)
+        with zero.GatheredParameters([p]):                  # a frozen one has no master
+            full = safe_get_full_fp32_param(p)
+            if full is None:
+                full = p.data
+            if rank == 0:
+                rows = slice(vocab if p in tables else None)    # without padding
+                kept = torch.float32 if "lora_" in name else dtype
+                state[name] = full.detach()[rows].to("cpu", kept, copy=True)
     if rank == 0:
+        state, adapter = merge_lora(model, state)
         saved = set(model.state_dict())
         state |= {name: b.detach().cpu() for name, b in model.named_buffers() if name in saved}
         model.config.dtype, generation = dtype, model.generation_config
@@ -758,6 +809,8 @@ def export(engine, tokenizer, end_of_turn_id, args):
             tokenizer.save_pretrained(work)
             for file in work.iterdir():
                 file.replace(folder / file.name)
+            if args.keep_adapter:
+                save_adapter(model, adapter, args.model, folder / "adapter")
         except Exception as error:                          # safetensors has its own kinds
             raise OSError(f"--output {folder}: the model could not be written ({error}); the "
                           "checkpoint is intact. Free disk space and run the same command again"
@@ -765,6 +818,33 @@ def export(engine, tokenizer, end_of_turn_id, args):
         finally:
             shutil.rmtree(work, ignore_errors=True)
     dist.barrier()
+
+
+def merge_lora(model, state):
+    """Weights by name with each adapted W replaced by W + scale B A, and the tensors of the
+    adapter. A model without LoRA stays as it is."""
+    adapter = {}
+    for name in [name for name in state if ".lora_A." in name]:
+        layer = name.partition(".lora_A.")[0]
+        module = model.get_submodule(layer)
+        A, B = state.pop(name), state.pop(f"{layer}.lora_B.default.weight")     # (r, in), (out, r)
+        update = module.scaling["default"] * B @ A
+        W = state.pop(f"{layer}.base_layer.weight")
+        if module.fan_in_fan_out:                           # GPT-2 keeps its layers transposed
+            update = update.T
+        state[f"{layer}.weight"] = (W.float() + update).to(W.dtype)
+        adapter |= {f"base_model.model.{layer}.lora_A.weight": A,
+                    f"base_model.model.{layer}.lora_B.weight": B}
+    return {name.replace(".base_layer.", "."): w for name, w in state.items()}, adapter
+
+
+def save_adapter(model, tensors, base, folder):
+    """A folder that peft.PeftModel.from_pretrained loads onto `base`."""
+    from safetensors.torch import save_file
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def git_commit() -> str | None:
@@ -832,6 +912,11 @@ class Run:
         from tqdm import tqdm
         self.bar = tqdm(total=steps, initial=self.first, disable=self.rank > 0, unit="step",
                         ncols=100)
+        self.tracker = None
+        if self.rank == 0 and args.report_to:
+            self.tracker = Tracker(args.report_to, self.out, vars(args))
+            for row in self.history:                        # a resumed run reports all its steps
+                self.tracker.record(row)
         self.clock, self.seconds, self.seen = time.time(), 0, 0
         self.minute = collections.deque([(self.clock, 0)])  # (time, tokens seen), the last minute
 
@@ -858,7 +943,12 @@ class Run:
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(now) + "\n")
+            if self.tracker:
+                self.tracker.record(now)
             self.bar.update()
+            if len(self.history) == self.first + 10:
+                left = self.bar.format_interval(self.seconds / 10 * (self.steps - now["step"]))
+                self.bar.write(f"about {left} for the steps that are left", file=sys.stderr)
             self.bar.set_postfix_str(
                 f"loss {now['loss']:.4f} lr {now['lr']:.1e} norm {now['grad_norm']:.2f} "
                 f"{now['tokens_per_s']:.0f} tok/s {now['gib']:.1f} GiB")
@@ -891,6 +981,8 @@ class Run:
             plot_curves(self.out / "curves.png", {self.out.name: self.history}, self.curves)
             write_json(self.out / "run.json", self.info | {"result": result})
             shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+            if self.tracker:
+                self.tracker.finish(result)
         log("\n".join(f"{name:>20}  {value:,.6g}" for name, value in result.items()
                       if isinstance(value, int | float)))
         dist.barrier()
@@ -899,6 +991,104 @@ class Run:
             InsertPostInitMethodToModuleSubClasses as zero_3)
         F.linear = getattr(zero_3, "linear_bk", F.linear)   # ZeRO 3 leaves its own behind
         return result
+
+
+class Tracker:
+    """--report-to: the steps, curves.png and the result of a run, as a new run of the tracker."""
+
+    def __init__(self, name, out, flags):
+        self.name, self.picture = name, out / "curves.png"
+        if name == "tensorboard":
+            module = needs("torch.utils.tensorboard", "tensorboard")
+            self.to = module.SummaryWriter(out / "tensorboard")
+            return
+        self.to = needs(name)
+        if name == "mlflow":
+            self.to.set_experiment("lions")
+            self.to.start_run(run_name=out.name)
+            self.to.log_params(flags)
+        else:
+            self.to.init(project="lions", name=out.name, config=flags)
+
+    def record(self, now):
+        """One line of metrics.jsonl."""
+        step, values = now["step"], {k: v for k, v in now.items() if k != "step"}
+        if self.name == "tensorboard":
+            for key, value in values.items():
+                self.to.add_scalar(key, value, step)
+        elif self.name == "mlflow":
+            self.to.log_metrics(values, step=step)
+        else:
+            self.to.log(values, step=step)
+
+    def finish(self, result):
+        numbers = {f"result/{k}": v for k, v in result.items() if isinstance(v, int | float)}
+        self.record(numbers | {"step": result["steps"]})
+        if self.name == "tensorboard":
+            import matplotlib.pyplot as plt
+            self.to.add_image("curves", plt.imread(self.picture), dataformats="HWC")
+            self.to.close()
+        elif self.name == "mlflow":
+            self.to.log_artifact(str(self.picture))
+            self.to.end_run()
+        else:
+            self.to.log({"curves": self.to.Image(str(self.picture))})
+            self.to.finish()
+
+
+CARD = """
+# {name}
+
+{base}, trained by [lions](https://arxiv.org/abs/2407.06542)' {stage} on {data}.
+The licences of that model and of these data apply.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (of.from_pretrained("{name}") for of in (AutoModelForCausalLM, AutoTokenizer))
+```
+
+## Result
+{result}
+
+## Flags
+{flags}
+
+Made on {started} with torch {torch}, commit {git}.
+
+    Yu et al. LIONs: An Empirically Optimized Approach to Align Language Models. EMNLP 2024.
+"""
+
+
+def published(args, result):
+    """The result of a run. With --push-to-hub rank 0 writes a model card from run.json and uploads
+    the model's folder, also that of a run which was finished before."""
+    if dist.get_rank() > 0 or not args.push_to_hub or result.get("stopped"):
+        return result
+    from huggingface_hub import HfApi, ModelCard, ModelCardData, constants
+    folder = Path(result["output"])
+    run = read_json(folder / "run.json")
+    flags = run["flags"]
+    base = flags["model"]
+    while parent := read_json(Path(base) / "run.json").get("flags"):
+        base = parent["model"]
+    on_hub = base != "demo" and not Path(base).exists()
+    head = ModelCardData(base_model=base if on_hub else None, library_name="transformers",
+                         license="unknown", pipeline_tag="text-generation",
+                         tags=["lions", run["stage"]])
+    tables = {of: data.table([{"name": k, "value": str(v)} for k, v in rows.items()])
+              for of, rows in (("result", run["result"]), ("flags", flags))}
+    text = CARD.format(name=args.push_to_hub, base=base, stage=run["stage"], git=run["git"],
+                       data=", ".join(flags["data"]), started=run["started"],
+                       torch=run["versions"]["torch"], **tables)
+    ModelCard(f"---\n{head}\n---\n{text}").save(folder / "README.md")
+    if constants.HF_HUB_OFFLINE:
+        log(f"offline: {folder}/README.md is written, nothing is uploaded")
+        return result
+    api = HfApi()
+    api.create_repo(args.push_to_hub, private=not args.hub_public, exist_ok=True)
+    api.upload_folder(repo_id=args.push_to_hub, folder_path=folder, ignore_patterns=[
+        "checkpoints/*", "tensorboard/*", "lock", "evaluate/*", "*.jsonl"])
+    return result
 
 
 def rounded(value):

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -44,15 +45,65 @@ def run(policy, out, *flags):
 
 
 # ------------------------------------------------------------------------------------- the maths
+LOGPS, REF = torch.tensor([[-3.0, -9], [-7, -8]]), torch.tensor([[-5.0, -7], [-7, -8]])
+LENGTHS = torch.tensor([[2.0, 4], [7, 8]])
+
+
+def flags_of_loss(**flags):
+    return SimpleNamespace(**dict(beta=0.5, loss="sigmoid", label_smoothing=0.0, nll_weight=0.0,
+                                  length_normalise=False) | flags)
+
+
+def metrics_of(**flags):
+    sums = dpo.pair_metrics(flags_of_loss(**flags), LOGPS, REF, LENGTHS)
+    return dict(zip(dpo.METRICS, sums.tolist(), strict=True))
+
+
 def test_loss_by_hand():
     """beta 0.5, log-ratios w: 2, l: -2: margin 0.5 * 4 = 2, loss log(1 + e^-2); a second pair,
     policy = reference: ln 2. Rewards +1 and -1, so the sums are 1, -1."""
-    logps = [torch.tensor(x) for x in ([-3.0, -7.0], [-9.0, -8.0], [-5.0, -7.0], [-7.0, -8.0])]
     loss = math.log1p(math.exp(-2)) + LN2
-    assert dpo.dpo_loss(*logps, 0.5).item() == pytest.approx(loss)
-    sums = dict(zip(dpo.METRICS, dpo.dpo_metrics(*logps, 0.5).tolist()))
-    assert sums == pytest.approx(dict(loss=loss, margin=2, accuracy=1, reward_w=1, reward_l=-1,
-                                      logp_w=-10, logp_l=-17, ratio_w=2, ratio_l=-2), abs=1e-6)
+    assert dpo.dpo_loss(*LOGPS.T, *REF.T, 0.5).item() == pytest.approx(loss)
+    assert metrics_of() == pytest.approx(dict(
+        loss=loss, margin=2, accuracy=1, reward_w=1, reward_l=-1, logp_w=-10, logp_l=-17, ratio_w=2,
+        ratio_l=-2, nll_w=3 / 2 + 7 / 7), abs=1e-6)
+
+
+SOFTPLUS = {m: math.log1p(math.exp(m)) for m in (-2, -0.75, 2)}
+
+
+@pytest.mark.parametrize("flags, loss, margin", [
+    (dict(label_smoothing=0.1), 0.9 * SOFTPLUS[-2] + 0.1 * SOFTPLUS[2] + LN2, 2),
+    (dict(nll_weight=0.2), SOFTPLUS[-2] + LN2 + 0.2 * (3 / 2 + 1), 2),
+    # log-ratios per token: 2 / 2 and -2 / 4
+    (dict(length_normalise=True), SOFTPLUS[-0.75] + LN2, 0.75),
+    # differences of log-ratios 4 and 0, target 1 / (2 beta) = 1; per token 1.5 and 0
+    (dict(loss="ipo"), (4 - 1) ** 2 + 1, 2),
+    (dict(loss="ipo", length_normalise=True), (1.5 - 1) ** 2 + 1, 0.75)])
+def test_other_losses_by_hand(flags, loss, margin):
+    assert dpo.pair_loss(flags_of_loss(**flags), LOGPS, REF, LENGTHS).item() == pytest.approx(loss)
+    found = metrics_of(**flags)
+    assert (found["loss"], found["margin"]) == pytest.approx((loss, margin))
+    assert (found["ratio_w"], found["logp_w"]) == (2, -10)  # in nats, whatever the loss
+
+
+def test_lengths_count_targets():
+    batch = kernels.layout([kernels.Group([1, 2], [[3, 4, 5], [6, 7]], [[True] * 3, [False, True]]),
+                            kernels.Group([1], [[2], [3]], [[True], [True]])])
+    assert dpo.pair_lengths(batch, 2).tolist() == [[3, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("flags, first", [
+    (["--loss", "ipo"], 1.0), (["--loss", "ipo", "--length-normalise"], 1.0),
+    (["--label-smoothing", "0.2"], LN2), (["--length-normalise"], LN2),
+    (["--nll-weight", "0.5"], None)])
+def test_other_losses_start_at_their_value_and_fall(flags, first, policy, tmp_path):
+    run(policy, tmp_path, "--max-steps", 12, "--lr", 5e-4, "--beta", 0.5, *flags)
+    steps = metrics(tmp_path)
+    if first is None:                                       # RPO: ln 2 plus half the NLL
+        first = LN2 + 0.5 * steps[0]["nll_w"]
+    assert steps[0]["loss"] == pytest.approx(first, abs=1e-4)
+    assert steps[-1]["eval_loss"] < steps[0]["loss"]
 
 
 def test_gradient_by_hand():
@@ -71,7 +122,7 @@ def test_loss_degenerate():
 
 
 def test_copied_out_the_maths_runs_with_torch_alone(tmp_path):
-    run_copied_out([dpo.dpo_loss, dpo.dpo_metrics], """
+    run_copied_out([dpo.dpo_loss, dpo.pair_loss, dpo.pair_metrics], """
 b = layout([Group([1, 2], [[3, 4], [5]], [[True, True], [True]])])
 h = torch.randn(5, 2, 8)
 o = attend(h, h[b.kv_index], h[b.kv_index], b.cu_seqlens_q, b.cu_seqlens_k, b.max_q, b.max_k, 1.0)
@@ -365,6 +416,8 @@ def test_nothing_but_rounding_depends_on_memory_flags_ranks_and_zero(policy, tmp
 # ------------------------------------------------------------------------------------ bad input
 @pytest.mark.parametrize("flags, message", [
     (["--beta", "0"], "--beta 0.0: must be above 0"),
+    (["--label-smoothing", "0.5"], "--label-smoothing 0.5: must be at least 0 and below 0.5"),
+    (["--label-smoothing", "0.1", "--loss", "ipo"], "--loss ipo has none"),
     (["--max-prompt-length", "128"], "--max-prompt-length 128: leaves no room"),
     (["--model", "demo"], "no chat template"), (["--ref", "./no"], "no"),
     (["--data", "demo:test"], "unknown columns answer, messages"),
@@ -393,11 +446,17 @@ def test_nan_weights_and_a_folder_without_weights(policy, tmp_path):
 
 
 def test_step_0_is_ln_2_or_stops():
-    dpo.check_step_0(LN2 + 9e-6, "fp32")
-    dpo.check_step_0(0.70, "bf16")
-    with pytest.raises(ValueError, match=r"step 0: the loss is 4.158883, not ln 2 .*rotary.*"
+    def check(found, dtype="fp32", nll_w=0.0, **flags):
+        dpo.check_step_0(flags_of_loss(dtype=dtype, **flags), {"loss": found, "nll_w": nll_w})
+    check(LN2 + 9e-6)
+    check(LN2 + 0.3 + 9e-6, nll_weight=0.1, nll_w=3.0)
+    check(0.70, "bf16")
+    check(1 + 7e-5, loss="ipo")                             # 1 / (4 beta^2), 8 times as steep
+    with pytest.raises(ValueError, match=r"step 0: the loss is 4.158883, not 0.693147 .*rotary.*"
                        "dropout"):
-        dpo.check_step_0(6 * LN2, "fp32")
+        check(6 * LN2)
+    with pytest.raises(ValueError, match="not 1.000000"):
+        check(1 + 9e-5, loss="ipo")
 
 
 def test_every_flag_is_read():
@@ -405,8 +464,15 @@ def test_every_flag_is_read():
 
 
 # ------------------------------------------------------------------------------------------- TRL
-def test_equals_trl(policy, tmp_path):
-    """Per-pair log-probs, loss, rewards and gradient, against TRL's DPOTrainer, same pairs."""
+@pytest.mark.parametrize("flags, theirs, pairs", [
+    ({}, dict(loss_type=["sigmoid"]), 8),
+    (dict(length_normalise=True), dict(loss_type=["sigmoid_norm"]), 8),
+    (dict(loss="ipo", length_normalise=True), dict(loss_type=["ipo"]), 8),
+    # on one pair their aot is cDPO, and their mean over a batch's tokens is RPO's over an answer's
+    (dict(label_smoothing=0.1), dict(loss_type=["aot"], label_smoothing=0.1), 1),
+    (dict(nll_weight=0.2), dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.2]), 1)])
+def test_equals_trl(flags, theirs, pairs, policy, tmp_path):
+    """Log-probs, loss, rewards and gradient, against TRL's DPOTrainer, on the same pairs."""
     pytest.importorskip("trl", reason="pip install trl==1.16.0")
     from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
@@ -414,7 +480,7 @@ def test_equals_trl(policy, tmp_path):
     # TRL's completion has the template's newline behind the end of turn; ours ends before it
     (tmp_path / "t.jinja").write_text(data.CHATML.replace("<|im_end|>\n", "<|im_end|>"))
     template = data.set_template(tokenizer, tmp_path / "t.jinja")
-    rows = data.demo_pairs(8, 5, "test")
+    rows = data.demo_pairs(pairs, 5, "test")
     torch.manual_seed(0)
     model, reference = (AutoModelForCausalLM.from_pretrained(policy) for _ in range(2))
     with torch.no_grad():
@@ -423,11 +489,11 @@ def test_equals_trl(policy, tmp_path):
     trainer = DPOTrainer(
         copy.deepcopy(model), copy.deepcopy(reference), processing_class=tokenizer,
         train_dataset=datasets.Dataset.from_list(rows).remove_columns("answer"),
-        args=DPOConfig(str(tmp_path / "trl"), beta=0.3, per_device_train_batch_size=8, use_cpu=True,
-                       bf16=False, report_to=[], max_length=None, gradient_checkpointing=False,
+        args=DPOConfig(str(tmp_path / "trl"), **theirs, beta=0.3,
+                       per_device_train_batch_size=pairs, use_cpu=True, bf16=False, report_to=[], max_length=None, gradient_checkpointing=False,
                        disable_dropout=True))
     trainer.model.eval()
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(pairs)])
     with torch.enable_grad():
         trl_loss = trainer.compute_loss(trainer.model, batch)
         trl_loss.backward()
@@ -438,15 +504,17 @@ def test_equals_trl(policy, tmp_path):
         e.chosen_targets, e.rejected_targets]) for e in encoded])
     for m in (model, reference):
         kernels.use_varlen(m, 512)
-    logps, ref = (dpo.pair_logps(kernels.LogProbs(m), batch, 8) for m in (model, reference))
-    logps = *logps.unbind(1), *ref.detach().unbind(1)
-    loss = dpo.dpo_loss(*logps, 0.3) / 8
+    logps, ref = (dpo.pair_logps(kernels.LogProbs(m), batch, pairs) for m in (model, reference))
+    inputs = flags_of_loss(beta=0.3, **flags), logps, ref.detach(), dpo.pair_lengths(batch, pairs)
+    loss = dpo.pair_loss(*inputs) / pairs
     loss.backward()
-    assert abs(loss.item() - trl_loss.item()) < 1e-4
-    means = dict(zip(dpo.METRICS, (dpo.dpo_metrics(*logps, 0.3) / 8).tolist()))
-    for ours, theirs in (("reward_w", "rewards/chosen"), ("reward_l", "rewards/rejected"),
-                         ("margin", "rewards/margins"), ("accuracy", "rewards/accuracies"),
-                         ("logp_w", "logps/chosen"), ("logp_l", "logps/rejected")):
-        assert means[ours] == pytest.approx(logged[theirs], rel=1e-4, abs=1e-4), theirs
+    assert loss.item() == pytest.approx(trl_loss.item(), rel=1e-4)
+    means = dict(zip(dpo.METRICS, (dpo.pair_metrics(*inputs) / pairs).tolist()))
+    logs = dict(logp_w="logps/chosen", logp_l="logps/rejected")
+    if not flags.get("length_normalise"):                   # TRL's rewards are always sums
+        logs |= dict(reward_w="rewards/chosen", reward_l="rewards/rejected",
+                     margin="rewards/margins", accuracy="rewards/accuracies")
+    for ours, name in logs.items():
+        assert means[ours] == pytest.approx(logged[name], rel=1e-4, abs=1e-4), name
     for p, theirs in zip(model.parameters(), trainer.model.parameters(), strict=True):
         assert (p.grad - theirs.grad).norm() <= 1e-4 * max(1.0, theirs.grad.norm())

@@ -887,6 +887,8 @@ def test_serve_starts_and_stops_a_server_for_each_policy(policy, tmp_path):
         answers = read_growing(out / f"iteration-{iteration}", "answers")
         assert len(answers) == 30
         assert all(a["text"].startswith(model[-11:]) for a in answers)
+        run = json.loads((out / f"iteration-{iteration}/run.json").read_text())
+        assert run["ref"] == model
     for pid in map(int, pids.read_text().split()):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -962,7 +964,8 @@ def test_a_run_and_its_folder(policy, tmp_path):
     left in memory, SIGTERM as it was."""
     from deepspeed import DeepSpeedEngine
     from transformers import AutoModelForCausalLM
-    run = flags(policy, tmp_path, "--iterations", 2, "--mix", "demo-pairs:test=0.05", "--zero", 1)
+    run = flags(policy, tmp_path, "--iterations", 2, "--mix", "demo-pairs:test=0.05", "--zero", 1,
+                "--reference", "first")
     result = online_dpo.main(run)
     pairs = data.demo_rows("demo-pairs", "test")
     distinct = {json.dumps([pair["prompt"], pair["chosen"], pair["rejected"]]) for pair in pairs}
@@ -973,6 +976,7 @@ def test_a_run_and_its_folder(policy, tmp_path):
         assert len(read_lines(folder / "pairs.jsonl")) == report["pairs"]
         trained = json.loads((folder / "run.json").read_text())
         assert trained["pairs"] == report["pairs"] + int(0.05 * len(distinct))  # the mixed ones
+        assert trained["ref"] == str(policy)
         assert len(read_growing(folder, "answers")) == 120
         assert report["length_all"] <= 8
         assert report["score_worst"] <= report["score_all"] <= report["score_best"]

@@ -110,6 +110,17 @@ def test_useful_flops_by_hand():
     assert sft.useful_flops(model, 10, 3, 20) == expected
 
 
+def test_useful_flops_of_frozen_weights():
+    """Frozen: 4 a weight. A trained layer of 8 x 16 in it: 6."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    model = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, tie_word_embeddings=True)).requires_grad_(False)
+    model.model.layers[0].mlp.down_proj.weight.requires_grad_(True)
+    body = 4 * 8 * 8 + 3 * 8 * 16 + 3 * 8
+    assert sft.useful_flops(model, 10, 3, 0) == (4 * body + 2 * 8 * 16) * 10 + 4 * 88 * 3
+
+
 def run_copied_out(pieces, check, folder):
     """A file of nothing but these functions, as somebody copies them, without transformers."""
     head = """
@@ -572,3 +583,144 @@ if __name__ == "__main__":
         sft.run_main(functools.partial(stage.main, flags))
     else:
         train_variants(stage, rest[0], json.loads(rest[1]))
+
+
+# ------------------------------------------------------------------------------------------ LoRA
+LORA = ["--lora-rank", "4", "--max-steps", "3", "--lr", "1e-2"]
+
+
+def test_lora_merged_equals_the_adapter_on_its_base(tmp_path):
+    """What training saw = the exported model = the base with the adapter that peft loads. Layers
+    change by matrices of rank 4, nothing else does."""
+    peft = pytest.importorskip("peft", reason="pip install peft==0.21.2")
+    from transformers import AutoModelForCausalLM
+    run(tmp_path / "base", "--max-steps", 3)
+    result = run(tmp_path / "lora", "--model", tmp_path / "base", *LORA, "--keep-adapter")
+    base, merged, again = (AutoModelForCausalLM.from_pretrained(tmp_path / name)
+                           for name in ("base", "lora", "base"))
+    adapted = peft.PeftModel.from_pretrained(again, tmp_path / "lora/adapter")
+    ids = torch.tensor(random_ids(30))
+    torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-4)
+    before, after = base.state_dict(), merged.state_dict()
+    for name, w in before.items():
+        change = after[name] - w
+        ranks = 4 if "_proj" in name else 0
+        assert torch.linalg.matrix_rank(change.float().reshape(len(w), -1), atol=1e-5) == ranks
+    held = run(tmp_path / "again", "--model", tmp_path / "lora", "--lr", 1e-12, "--max-steps", 1)
+    assert held["eval_loss"] == pytest.approx(result["eval_loss"], abs=1e-5)
+
+
+def test_lora_packed_equals_alone():
+    peft = pytest.importorskip("peft", reason="pip install peft==0.21.2")
+    from test_kernels import FAMILIES, alone, assert_same, build, varlen_copy
+    spec = build(FAMILIES["llama"]())
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules="all-linear",
+                                                 init_lora_weights=False), spec)
+    docs = documents(random_ids(9, 1, 17))
+    logps = varlen_copy(spec)
+    assert_same(logps(kernels.layout(docs)), alone(spec, docs), logps.model, spec)
+
+
+def test_lora_trains_the_rows_of_new_tokens(tmp_path):
+    """A base without ChatML's tokens: their embeddings train beside the adapter, no others."""
+    pytest.importorskip("peft", reason="pip install peft==0.21.2")
+    from transformers import AutoModelForCausalLM
+    tokenizer = bpe_tokenizer()
+    save_random_model(tmp_path / "base", tokenizer, len(tokenizer))
+    run(tmp_path / "out", "--model", tmp_path / "base", *LORA)
+    old, new = (AutoModelForCausalLM.from_pretrained(tmp_path / name).get_input_embeddings().weight
+                for name in ("base", "out"))
+    assert len(new) == len(old) + 2                         # ChatML's two
+    assert torch.equal(old, new[:len(old)])
+    assert not torch.equal(new[-1], new[-2])                # both began as the mean
+    with pytest.raises(ValueError, match="rows of new tokens train as well"):
+        run(tmp_path / "kept", "--model", tmp_path / "base", *LORA, "--keep-adapter")
+
+
+@pytest.mark.slow
+def test_lora_at_every_zero_stage(tmp_path):
+    pytest.importorskip("peft", reason="pip install peft==0.21.2")
+    from safetensors.torch import load_file
+    run(tmp_path / "base", "--max-steps", 3)
+    flags = [*SMALL, "--model", str(tmp_path / "base"), *LORA]
+    for zero in "0123":
+        finish("sft.py", [*flags, "--zero", zero], 2, tmp_path / zero)
+    one, *others = (load_file(tmp_path / zero / "model.safetensors") for zero in "0123")
+    for other in others:
+        for name, w in one.items():
+            torch.testing.assert_close(w, other[name], atol=1e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------- trackers and the Hub
+def read_tensorboard(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder / "run/tensorboard")).Reload()
+    assert events.Tags()["images"] == ["curves"]
+    return [e.value for e in events.Scalars("loss")], events.Scalars("result/eval_loss")[0].value
+
+
+def read_mlflow(folder):
+    import mlflow
+    client = mlflow.MlflowClient()
+    found, = client.search_runs([client.get_experiment_by_name("lions").experiment_id])
+    assert [a.path for a in client.list_artifacts(found.info.run_id)] == ["curves.png"]
+    losses = client.get_metric_history(found.info.run_id, "loss")
+    return [m.value for m in losses], found.data.metrics["result/eval_loss"]
+
+
+def read_trackio(folder):
+    from trackio.sqlite_storage import SQLiteStorage
+    rows = SQLiteStorage.get_logs("lions", "run")
+    assert any("curves" in row for row in rows)
+    return ([row["loss"] for row in rows if "loss" in row],
+            next(row["result/eval_loss"] for row in rows if "result/eval_loss" in row))
+
+
+def read_wandb(folder):
+    """Its log is a binary file whose values are JSON text."""
+    log, = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    log = log.read_bytes()
+    assert b"curves" in log
+    result = json.loads((folder / "run/run.json").read_text())["result"]
+    found = [m["loss"] for m in metrics(folder / "run") if json.dumps(m["loss"]).encode() in log]
+    return found, result["eval_loss"] if b"result/eval_loss" in log else None
+
+
+@pytest.mark.parametrize("tracker, read", [
+    ("tensorboard", read_tensorboard), ("mlflow", read_mlflow), ("trackio", read_trackio),
+    ("wandb", read_wandb)])
+def test_trackers_get_every_step_the_picture_and_the_result(tracker, read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    pytest.importorskip(tracker, reason=f"pip install {tracker}")
+    result = run(tmp_path / "run", "--max-steps", 3, "--report-to", tracker)
+    losses, final = read(tmp_path)
+    assert losses == pytest.approx([m["loss"] for m in metrics(tmp_path / "run")])
+    assert final == pytest.approx(result["eval_loss"])
+
+
+def test_push_to_hub(tmp_path, monkeypatch):
+    """Offline: the card alone. Else a private repository, also for a run that was finished."""
+    import huggingface_hub
+    flags = ["--max-steps", 2, "--push-to-hub", "me/lion"]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    run(tmp_path / "run", *flags)
+    card = huggingface_hub.ModelCard.load(tmp_path / "run/README.md")
+    assert (card.data.license, card.data.base_model) == ("unknown", None)
+    assert "demo:test" in card.text and "eval_loss" in card.text
+    calls = []
+
+    class Api:
+        def create_repo(self, name, **settings):
+            calls.append((name, settings["private"]))
+
+        def upload_folder(self, repo_id, folder_path, ignore_patterns):
+            calls.append((repo_id, folder_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    run(tmp_path / "run", *flags)
+    run(tmp_path / "run", *flags, "--hub-public")
+    folder = tmp_path / "run"
+    assert calls == [("me/lion", True), ("me/lion", folder), ("me/lion", False), ("me/lion", folder)]

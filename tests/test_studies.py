@@ -8,7 +8,7 @@ import pytest
 import studies
 
 STUDIES = ["real_model", "online"]
-SLOW = ["beta", "scaling", "report", "packing", "margins", "reference", "selection"]
+SLOW = ["beta", "losses", "scaling", "report", "packing", "margins", "reference", "selection"]
 
 
 @pytest.fixture(scope="module")
