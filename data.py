@@ -15,7 +15,7 @@ shards.
     python data.py select --pairs --method a2 --budget 10000 --data PAIRS.jsonl
     python data.py annotate --rm MODEL --data RATED.jsonl UNRATED.jsonl
 
-A source is NAME[:[config:]split][=fraction]. NAME is a Hub id, a file (ENDINGS), a save_to_disk
+A source is NAME[:[config:]split][=fraction]. NAME is a Hub id, a file (SOURCES), a save_to_disk
 folder, `demo`, `demo-pairs` or a mix (MIXES). A fraction counts rows without duplicates. Columns
 decide the format of a row (FORMATS, PAIR_FORMATS). Text columns that no format reads are named.
 
@@ -114,46 +114,53 @@ def parse_sources(texts: list[str]) -> list[Source]:
 
 
 JSON_LINE = "lions_json_line"      # the one column of raw rows that are still text, a JSON each
-ENDINGS = ".jsonl, .ndjson, .json, .csv, .tsv, each also with .gz, or .parquet"
+SEPARATORS = {"csv": ",", "tsv": "\t"}
+SOURCES = (" (a source is a Hub id, ID:split or ID:config:split, a saved folder, or a whole UTF-8 "
+           "file that ends in .jsonl, .ndjson, .json, .csv, .tsv, each also with .gz, or .parquet)")
 
 
-def check_split(source, splits):
-    if source.split not in splits:
-        raise ValueError(f"--data {source.name}:{source.split}: the splits are {', '.join(splits)}")
+@contextlib.contextmanager
+def loading(name, hint=""):
+    """Any error inside becomes a ValueError with the name of what was loaded, and its cause.
+    Libraries, parsers and connections raise many kinds."""
+    try:
+        yield
+    except Exception as error:
+        texts = [str(e) for e in (error, error.__cause__) if e]
+        text = " ".join("; ".join(texts).split())[:1000]
+        raise ValueError(f"{name} cannot be loaded ({type(error).__name__}): {text}{hint}"
+                         ) from error
+
+
+def check_split(split, splits):
+    if split not in splits:
+        raise ValueError(f"the splits are {', '.join(splits)}")
 
 
 def load_source(source, folder):
-    """Raw rows as a memory-mapped datasets.Dataset: a table, or one column JSON_LINE, so that rows
-    need no common schema. `folder` gets the copies of files and downloads."""
+    """(raw rows, a value that changes with their content). The rows are a memory-mapped
+    datasets.Dataset: a table, or one column JSON_LINE, so that rows need no common schema. `folder`
+    gets the copies of files and downloads."""
     name, split = source.name, source.split
-    if name in DEMO_ROWS:
-        check_split(source, DEMO_ROWS[name])
-        return json_dataset(demo_rows(name, split))
-    if os.path.isdir(name):
-        splits = datasets.load_from_disk(name)
-        if isinstance(splits, datasets.Dataset):
-            splits = {"train": splits}
-        check_split(source, splits)
-        return splits[split]
     ending = re.search(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz)?$", name)
-    if ending or os.path.isfile(name):
-        check_split(source, ["train"])
-        return load_file(name, ending, folder / "files" / hash_of(file_hash(name)))
-    *config, split = split.split(":")
-    return load(name, name, *config, split=split, cache_dir=str(folder / "hub"))
-
-
-def load(name, *args, **settings):
-    """datasets.load_dataset. What the library, the Hub and the connection raise is one ValueError:
-    an unknown or gated data set, a missing config or split, a loading script, a broken download."""
-    try:
-        return datasets.load_dataset(*args, **settings)
-    except Exception as error:
-        cause = error.__cause__ or error
-        text = " ".join(str(cause).split())[:500]
-        raise ValueError(f"--data {name}: {type(cause).__name__}: {text} (a source is a Hub id, "
-                         "ID:split or ID:config:split, a saved folder, or a file that ends in "
-                         f"{ENDINGS})") from None
+    with loading(f"--data {name}", SOURCES):
+        if name in DEMO_ROWS:
+            check_split(split, DEMO_ROWS[name])
+            return json_dataset(demo_rows(name, split)), name
+        if os.path.isdir(name):
+            splits = datasets.load_from_disk(name)
+            if isinstance(splits, datasets.Dataset):
+                splits = {"train": splits}
+            check_split(split, splits)
+            files = sorted(path for path in Path(name).rglob("*") if path.is_file())
+            return splits[split], [file_hash(path) for path in files]
+        if ending or os.path.isfile(name):
+            check_split(split, ["train"])
+            content = file_hash(name)
+            return load_file(name, ending, str(folder / "files" / content)), content
+        *config, split = split.split(":")
+        raw = datasets.load_dataset(name, *config, split=split, cache_dir=str(folder / "hub"))
+        return raw, raw._fingerprint
 
 
 def json_dataset(rows):
@@ -161,56 +168,50 @@ def json_dataset(rows):
 
 
 def load_file(name, ending, folder):
-    """A file's raw rows. `folder` is named by the file's content and gets its Arrow copy."""
+    """A file's raw rows. `folder` gets their Arrow copy."""
     if ending is None:
-        raise ValueError(f"--data {name}: unknown ending; a file ends in {ENDINGS}")
+        raise ValueError("unknown ending")
     if os.path.getsize(name) == 0:
-        raise ValueError(f"--data {name}: the file is empty")
-    copy = dict(data_files=glob.escape(os.path.abspath(name)), split="train",
-                cache_dir=str(folder))
+        raise ValueError("the file is empty")
     kind, zipped = ending.groups()
+    copy = dict(data_files=glob.escape(os.path.abspath(name)), split="train", cache_dir=folder)
     if kind == "parquet":
-        return load(name, "parquet", **copy)
-    separator = {"csv": ",", "tsv": "\t"}.get(kind)
-    try:
-        if separator:
-            return csv_dataset(name, separator)
-        with (gzip.open if zipped else open)(name, "rt", encoding="utf-8-sig") as f:
-            if kind == "json" and f.read(1) == "[":
-                return json_dataset(json.loads(f"[{f.read()}"))
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"--data {name}: {error}; it must be whole, and UTF-8") from None
-    return load(name, "text", encoding="utf-8-sig", **copy).rename_column("text", JSON_LINE)
-
-
-def csv_dataset(name, separator):
-    rows = pandas.read_csv(name, sep=separator, dtype=str, keep_default_na=False,
-                           encoding="utf-8-sig")
-    if not isinstance(rows.index, pandas.RangeIndex):       # pandas: the first field is an index
-        raise ValueError("rows have more fields than the header")
-    return datasets.Dataset.from_pandas(rows)
+        return datasets.load_dataset("parquet", **copy)
+    if kind in SEPARATORS:
+        rows = pandas.read_csv(name, sep=SEPARATORS[kind], dtype=str, keep_default_na=False,
+                               encoding="utf-8-sig")
+        if not isinstance(rows.index, pandas.RangeIndex):   # pandas: the first field is an index
+            raise ValueError("rows have more fields than the header")
+        return datasets.Dataset.from_pandas(rows)
+    with (gzip.open if zipped else open)(name, "rt", encoding="utf-8-sig") as f:
+        if kind == "json" and f.read(1) == "[":
+            return json_dataset(json.loads(f"[{f.read()}"))
+    lines = datasets.load_dataset("text", encoding="utf-8-sig", **copy)
+    return lines.rename_column("text", JSON_LINE)
 
 
 def raw_rows(batch, positions, name):
-    """(row number from 1, row) of a batch of raw rows, None for a blank line. The row numbers of
-    JSON lines are line numbers."""
+    """(row number from 1, row) of a batch of raw rows. The row numbers of JSON lines are line
+    numbers. Blank lines are no rows."""
     if JSON_LINE not in batch:
         for position, values in zip(positions, zip(*batch.values())):
             yield position + 1, dict(zip(batch, values))
         return
     for position, line in zip(positions, batch[JSON_LINE]):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line.strip() or "null")
+            row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{name}:{position + 1}: not JSON: {error}") from None
-        if not isinstance(row, dict | None):
+        if not isinstance(row, dict):
             raise ValueError(f"{name}:{position + 1}: a row must be a JSON object")
         yield position + 1, row
 
 
 def first_row(raw, name):
-    """The first of some raw rows, {} if there is none."""
-    return dict(raw_rows(raw[:1], [0], name)).get(1) or {}
+    """The first of some raw rows, {} if it is blank or missing."""
+    return dict(raw_rows(raw[:1], [0], name)).get(1, {})
 
 
 def hash_of(*values):
@@ -221,17 +222,6 @@ def hash_of(*values):
 def file_hash(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def content_hash(source, folder):
-    """A hash of all that decides a source's rows, so that no cache serves a changed file."""
-    path = Path(source.name)
-    if path.exists():
-        files = sorted(p for p in path.rglob("*") if p.is_file()) or [path]
-        content = [file_hash(p) for p in files]
-    else:
-        content = source.name in DEMO_ROWS or load_source(source, folder)._fingerprint
-    return hash_of(source.name, source.split, content, file_hash(__file__))
 
 
 # ---------------------------------------------------------------------------------------- formats
@@ -246,11 +236,10 @@ class Pair(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    messages: list[dict]           # [{role, content}]
+    messages: list[dict]           # [{role, content}], with weight 0 where a turn is not trained
     last_only: bool = False        # only the last assistant turn is trained (a pair's chosen)
     answer: str | None = None      # reference answer for exact match
     unfinished: bool = False       # the last turn was cut by a length limit: no end of turn
-    untrained: tuple = ()          # which assistant turns, from 0, are marked as not trained
 
 
 SIDES = ("chosen", "rejected")
@@ -283,7 +272,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
          "User": "user"}
 # What no rule reads: a row or turn that holds one is refused
 UNREAD = ("tools functions tool_calls function_call reasoning reasoning_content thinking images "
-          "image videos audio").split()
+          "image videos audio untrained").split()
 TRAIN_MARKS = "weight train trainable training loss".split()    # 0 or false: not trained
 
 
@@ -295,9 +284,10 @@ def check_read(fields):
 
 def turns(raw):
     """A list of {role, content}, of ShareGPT's {from, value}, of Capybara's {input, output} or of
-    [question, answer], as [{role, content}], with `untrained` where a mark asks for it."""
+    [question, answer], or a transcript, as [{role, content}], with weight 0 where a mark says that
+    the turn is not trained."""
     if isinstance(raw, str):
-        raise ValueError("messages are text, not a list")
+        return transcript(raw)
     messages = []
     for m in raw or []:
         if isinstance(m, list):
@@ -306,20 +296,19 @@ def turns(raw):
             messages += ask(m["input"], m["output"])
         else:
             check_read(m)
-            role, content = ("role", "content") if "role" in m else ("from", "value")
-            turn = {"role": ROLES.get(m.get(role)), "content": m.get(content)}
-            if turn["role"] is None:
+            role = ROLES.get(m.get("role", m.get("from")))
+            if role is None:
                 raise ValueError("unknown role")
-            if turn["role"] == "assistant" and any(m.get(mark, 1) == 0 for mark in TRAIN_MARKS):
-                turn["untrained"] = True
+            turn = {"role": role, "content": m.get("content", m.get("value"))}
+            if role == "assistant" and any(m.get(mark, 1) == 0 for mark in TRAIN_MARKS):
+                turn["weight"] = 0
             messages.append(turn)
     return messages
 
 
 def unmarked(messages):
-    """Takes the marks of turns away. Which assistant turns, from 0, had one."""
-    marks = [m.pop("untrained", False) for m in messages if m["role"] == "assistant"]
-    return np.flatnonzero(marks).tolist()
+    """The messages without their weights."""
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
 EXTRA = "<extra_id_1>"
@@ -333,7 +322,7 @@ def transcript(text):
         marks, text = rf"\s*{EXTRA}(User|Assistant)\s", f"{EXTRA}User\n{text}"
     before, *parts = re.split(marks, "\n\n" + text.lstrip())
     if before.strip():
-        raise ValueError("text before the first turn")
+        raise ValueError("messages are text, not a list or a transcript")
     return [{"role": ROLES[who], "content": content.strip()}
             for who, content in zip(parts[::2], parts[1::2])]
 
@@ -358,6 +347,7 @@ def add_system(messages, system):
 
 QUESTIONS = ("prompt", "instruction", "query", "question", "input", "context")
 ANSWERS = ("output", "response", "answer", "completion")
+TURNS = ("messages", "conversations", "conversation")
 
 
 def prompt_of(row):
@@ -365,30 +355,28 @@ def prompt_of(row):
     transcript or a list of turns, behind the row's history."""
     names = [name for name in QUESTIONS if row.get(name)]
     if not names:
-        return []
+        raise ValueError("no question beside the answer")
     question = row[names[0]]
-    if not isinstance(question, str):
-        messages = turns(question)
-    elif is_transcript(question):
-        messages = transcript(question)
-        if messages[-1] == assistant(""):                   # the header of the answer
-            messages.pop()
-    else:
+    if isinstance(question, str) and not is_transcript(question):
         texts = [question, *(row[name] for name in names[1:] if name in ("input", "context"))]
         messages = [user("\n\n".join(texts))]
+    else:
+        messages = turns(question)
+        if messages[-1] == assistant(""):                   # the header of the answer
+            messages.pop()
     if isinstance(row.get("history"), list):
         messages = turns(row["history"]) + messages
-    return add_system(messages, system_of(row))
+    return messages
 
 
-def reference(row) -> str | None:
+def reference(row):
     return None if row.get("answer") is None else str(row["answer"])
 
 
-def from_turns(name, row):
+def from_turns(row):
     """A column of turns. Our own files add `last_only` and `unfinished`."""
-    messages = add_system(turns(row[name]), system_of(row))
-    return Conversation(messages, row.get("last_only") is True, reference(row),
+    column = next(name for name in TURNS if name in row)
+    return Conversation(turns(row[column]), row.get("last_only") is True, reference(row),
                         row.get("unfinished") is True)
 
 
@@ -402,14 +390,12 @@ def answer_of(row, answer):
     return [assistant(answer)]
 
 
-def from_answer(name, row):
+def from_answer(row):
     """Columns of a question and an answer. GSM8K's reference answer follows '####'."""
-    prompt, right = prompt_of(row), reference(row)
-    if not prompt:
-        raise ValueError("no question beside the answer")
-    if name == "answer":
+    column, right = next(name for name in ANSWERS if name in row), reference(row)
+    if column == "answer":
         right = final_answer(right) if right and "####" in right else None
-    return Conversation(prompt + answer_of(row, row[name]), False, right)
+    return Conversation(prompt_of(row) + answer_of(row, row[column]), False, right)
 
 
 def from_preference(row):
@@ -421,14 +407,11 @@ def from_preference(row):
 def side(row, which):
     """The whole conversation that ends in the `which` answer. The answer is a text or a list of
     turns, or a transcript or list that holds its prompt, too."""
-    answer, prompt = row[which], prompt_of(row)
-    if is_transcript(answer) or (isinstance(answer, str) and not prompt):
-        answer = transcript(answer)
-    else:
-        answer = answer_of(row, answer)
-    if answer and answer[0]["role"] == "assistant":
-        return without_tldr(prompt + answer)
-    return without_tldr(add_system(answer, system_of(row)))
+    answer = row[which]
+    messages = transcript(answer) if is_transcript(answer) else answer_of(row, answer)
+    if messages and messages[0]["role"] == "assistant":
+        messages = prompt_of(row) + messages
+    return without_tldr(messages)
 
 
 def without_tldr(messages):
@@ -465,7 +448,7 @@ ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")   
 HELPSTEER = ("helpfulness", "correctness", "coherence")     # complexity and verbosity are style
 
 
-def on_ten(value, low: float, high: float) -> float | None:
+def on_ten(value, low, high):
     """A rating of low..high on the scale of 1 to 10. None if the value is missing or outside its
     scale, as rewards are. 3 of 1..5 is 5.5."""
     try:
@@ -474,6 +457,8 @@ def on_ten(value, low: float, high: float) -> float | None:
         return None
     if isinstance(value, bool) or not low <= r <= high:
         return None
+    if (low, high) == (1, 10):                              # exactly as it was read
+        return r
     return 1 + 9 * (r - low) / (high - low)
 
 
@@ -495,7 +480,7 @@ def draw(text, n):
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % n
 
 
-def best_against_drawn(row, rated: list[tuple]) -> Pair:
+def best_against_drawn(row, rated):
     """Of (rating or None, answer) the best, the first of equals, against one drawn by a hash of the
     prompt among those rated lower that are neither empty nor equal to it."""
     rated = [(r, y) for r, y in rated if r is not None]
@@ -570,45 +555,42 @@ def pair_from_strength(row):
     strength = float(row.get("preference_strength", row.get("overall_preference")))
     if not strength:
         raise ValueError("neither response is preferred")
-    responses = [v for k, v in sorted(row.items()) if re.fullmatch("response_?[12]", k)]
+    name = "response" if "response1" in row else "response_"
+    better, worse = row[f"{name}1"], row[f"{name}2"]
     if strength > 0:
-        responses.reverse()
-    return Pair(prompt_of(row), *responses)
+        better, worse = worse, better
+    return Pair(prompt_of(row), better, worse)
 
 
 def pair_from_solutions(row):
     """GSM8K's model solutions: a right one against a wrong one, drawn by a hash of the question."""
-    wrong, right = solutions = [], []
+    right, wrong = [], []
     for _, value in sorted(row.items()):
         if isinstance(value, dict) and "is_correct" in value:
-            solutions[bool(value["is_correct"])].append(value["solution"])
+            solutions = right if value["is_correct"] else wrong
+            solutions.append(value["solution"])
     if not right or not wrong:
         raise ValueError("no right and wrong solution")
     byte = hashlib.sha256(row["question"].encode()).digest()
     return Pair(prompt_of(row), right[byte[0] % len(right)], wrong[byte[1] % len(wrong)])
 
 
-# (columns that a row must have, converter): the first that fits reads the row
-PAIR_FORMATS = [
-    ({"chosen", "rejected"}, pair_from_preference), ({"completions"}, pair_from_completions),
-    ({"answers"}, pair_from_ranks), ({"responses"}, pair_from_responses),
-    ({"response_0", "response_1"}, pair_from_safety), ({"summaries"}, pair_from_summaries),
-    ({"question", "ground_truth"}, pair_from_solutions),
-    ({"preference_strength", "response_1"}, pair_from_strength),
-    ({"overall_preference", "response1"}, pair_from_strength)]
-FORMATS = [
-    ({"messages"}, functools.partial(from_turns, "messages")),
-    ({"conversations"}, functools.partial(from_turns, "conversations")),
-    ({"chosen"}, from_preference),
-    ({"conversation"}, functools.partial(from_turns, "conversation")),
-    *(({name}, functools.partial(from_answer, name)) for name in ANSWERS), *PAIR_FORMATS[1:]]
+# {column: converter}: the first column that a row has decides its format
+PAIR_FORMATS = {
+    "rejected": pair_from_preference, "completions": pair_from_completions,
+    "answers": pair_from_ranks, "responses": pair_from_responses, "response_0": pair_from_safety,
+    "summaries": pair_from_summaries, "ground_truth": pair_from_solutions,
+    "preference_strength": pair_from_strength, "overall_preference": pair_from_strength}
+FORMATS = {
+    "messages": from_turns, "conversations": from_turns, "chosen": from_preference,
+    "conversation": from_turns, **dict.fromkeys(ANSWERS, from_answer), **PAIR_FORMATS}
 
 
 def convert_row(row, formats):
-    """By the first format whose columns the row has. ValueError(short reason) if it is refused."""
+    """By the first format whose column the row has. ValueError(short reason) if it is refused."""
     check_read(row)
-    for columns, converter in formats:
-        if columns <= set(row):
+    for column, converter in formats.items():
+        if column in row:
             try:
                 return converter(row)
             except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -619,13 +601,14 @@ def convert_row(row, formats):
 def checked(c, row):
     """A row's conversation, or ValueError(short reason) if its turns cannot be trained on or a text
     of context, history or system is not among them."""
-    if not c.messages:
+    texts = [m["content"] for m in c.messages]
+    if not texts:
         raise ValueError("empty conversation")
-    if not all(isinstance(m["content"], str) for m in c.messages):
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError("content is not text")
     if any(not m["content"].strip() for m in c.messages if m["role"] != "system"):
         raise ValueError("empty turn")
-    text = " ".join([m["content"] for m in c.messages])
+    text = " ".join(texts)
     try:
         f"{text}{c.answer}".encode()
     except UnicodeEncodeError:                              # a lone surrogate
@@ -645,8 +628,8 @@ def checked(c, row):
 
 
 # Columns that some rule reads
-READ = {*QUESTIONS, *ANSWERS, *SYSTEM, "history", "response_2", "response2"}.union(
-    *(columns for columns, _ in FORMATS + PAIR_FORMATS))
+READ = {*QUESTIONS, *SYSTEM, *FORMATS, "history", "response_1", "response_2", "response1",
+        "response2"}
 
 
 def unread_text(row):
@@ -660,13 +643,13 @@ def to_conversation(row: dict) -> Conversation:
     c = convert_row(row, FORMATS)
     if isinstance(c, Pair):                                 # sft.py trains the chosen answer
         c = with_answer(c, "chosen")
-    return checked(c._replace(untrained=unmarked(c.messages) or row.get("untrained", ())), row)
+    return checked(c._replace(messages=add_system(c.messages, system_of(row))), row)
 
 
 def to_pair(row: dict) -> Pair:
     """A raw row of any known preference format. ValueError(short reason) if it is refused."""
     pair = convert_row(row, PAIR_FORMATS)
-    unmarked(pair.prompt)
+    pair = pair._replace(prompt=unmarked(add_system(pair.prompt, system_of(row))))
     for which in SIDES:
         checked(with_answer(pair, which), row)
     if pair.chosen.strip() == pair.rejected.strip():
@@ -685,13 +668,23 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
+def load_tokenizer(name, **settings):
+    """The tokenizer of a Hub id or folder, or the demo's."""
+    from transformers import AutoTokenizer
+    if name == "demo":
+        return demo_tokenizer()
+    with loading(name):
+        if Path(name).is_dir():                             # without it BOS is lost, unsaid
+            (Path(name) / "tokenizer_config.json").stat()
+        return AutoTokenizer.from_pretrained(name, **settings)
+
+
 class Template(NamedTuple):
     end_of_turn: str               # text of the token that ends an assistant turn
     end_of_turn_id: int
     new_tokens: list[str]          # tokens that the vocabulary lacked
     specials: list[str]            # every special token's text: user text must not contain one
     bos: bool                      # whether a document starts with a BOS
-    system: bool                   # whether a system turn is shown
 
 
 def render(tokenizer, messages, sample=False):
@@ -769,7 +762,7 @@ def set_template(tokenizer, chat_template: str = "chatml") -> Template:
         if end is None:
             raise ValueError("no special token ends an assistant turn; models would never stop")
         end_id = tokenizer.convert_tokens_to_ids(end)
-        template = Template(end, end_id, new, specials, bos, shows_system(tokenizer, probe))
+        template = Template(end, end_id, new, specials, bos)
         prompts = [render(tokenizer, probe[:i], sample=True) for i in (1, 3)]
         encode(Conversation(probe), tokenizer, template)
     except ValueError as error:
@@ -778,14 +771,6 @@ def set_template(tokenizer, chat_template: str = "chatml") -> Template:
             error = f"{error}\n  training: {text!r}\n  sampling: {other!r}"
         raise ValueError(f"{flag}: {error}") from None
     return template
-
-
-def shows_system(tokenizer, messages):
-    marked = [{"role": "system", "content": "\ue102"}] + messages
-    try:
-        return "\ue102" in render(tokenizer, marked)
-    except ValueError:
-        return False
 
 
 class Encoded(NamedTuple):
@@ -800,25 +785,29 @@ def encode(conversation: Conversation, tokenizer, template: Template, *,
 
     The targets are what the assistant writes: from the end of the prompt that sampling would see,
     up to and with the end of turn. That prompt's tokens must be the beginning of the ids. loss_on
-    'all': every token but the first. Tokens beyond max_length are cut from the end. No EOS is
-    added. ValueError(short reason) if the row is refused."""
+    'last': the last assistant turn only. loss_on 'all': every token but the first. Tokens beyond
+    max_length are cut from the end. No EOS is added. ValueError(short reason) if the row is
+    refused."""
     messages = conversation.messages
     contents = [m["content"].strip() for m in messages]
     joined = "\0".join(contents)
     if any(special in joined for special in template.specials):
         raise ValueError("special token in the text")
     text, at = render(tokenizer, messages), 0
-    for m, content in zip(messages, contents):
+    system = messages[0]["role"] == "system" and contents[0]
+    loses_text = system and render(tokenizer, messages[1:]) == text     # shows no system turn
+    for content in contents:                                # each must appear, in this order
         at = text.find(content, at) + len(content)
-        if at < len(content) or (content and m["role"] == "system" and not template.system):
-            raise ValueError("the chat template drops or rewrites a turn")
+        loses_text = loses_text or at < len(content)
+    if loses_text:
+        raise ValueError("the chat template drops or rewrites a turn")
     ids = token_ids(tokenizer, text)
     targets = [loss_on == "all"] * len(ids)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    for n, i in enumerate(answers):
-        if conversation.last_only and i != answers[-1]:
+    for i in answers:
+        if (conversation.last_only or loss_on == "last") and i != answers[-1]:
             continue
-        prompt = render(tokenizer, messages[:i], sample=True)
+        prompt = render(tokenizer, messages[:i], sample=True)   # what sampling would see
         after = text[len(prompt):].lstrip()
         ended = after[len(contents[i]):].lstrip().startswith(template.end_of_turn)
         if not (text.startswith(prompt) and after.startswith(contents[i]) and ended):
@@ -828,8 +817,8 @@ def encode(conversation: Conversation, tokenizer, template: Template, *,
         if ids[:len(before)] != before:
             raise ValueError("the answer's first token merges with the prompt")
         end = ids.index(template.end_of_turn_id, len(before)) + 1
-        targets[len(before):end] = [n not in conversation.untrained] * (end - len(before))
-    if conversation.unfinished:
+        targets[len(before):end] = [messages[i].get("weight") != 0] * (end - len(before))
+    if conversation.unfinished:                             # without the last end of turn
         ids, targets = ids[:end - 1], targets[:end - 1]
     targets[0] = False
     n_tokens = len(ids)
@@ -862,15 +851,13 @@ def encode_pair(pair: Pair, tokenizer, template: Template, *, max_length: int | 
     ValueError(short reason) if an answer has no target left or both became equal."""
     ids, masks, _ = zip(*(encode(with_answer(pair, which), tokenizer, template)
                           for which in SIDES))
-    share, cut = masks[0].index(True), 0                    # both answers begin there
-    if max_length:
-        over = max(map(len, ids)) - max_length
-        c = max(0, min(over, share - max_prompt_length))    # cut from the prompt
-        a = int(template.bos)
-        before = sum(map(len, ids))
-        ids = [(y[:a] + y[a + c:])[:max_length] for y in ids]
-        masks = [(m[:a] + m[a + c:])[:max_length] for m in masks]
-        cut, share = before - sum(map(len, ids)), share - c
+    share, n_tokens = masks[0].index(True), sum(map(len, ids))      # both answers begin at share
+    over = max(map(len, ids)) - (max_length or sys.maxsize)
+    c = max(0, min(over, share - max_prompt_length))        # cut from the prompt
+    a = int(template.bos)
+    ids = [(y[:a] + y[a + c:])[:max_length] for y in ids]
+    masks = [(m[:a] + m[a + c:])[:max_length] for m in masks]
+    cut, share = n_tokens - sum(map(len, ids)), share - c
     if not all(map(any, masks)):
         raise ValueError("no answer token left after truncation" if cut else "no answer token")
     if ids[0] == ids[1]:
@@ -931,12 +918,11 @@ def check_processes(n):
 
 
 def cached_map(dataset, function, path, columns, num_proc, **settings):
-    """dataset.map(function) in batches and processes, one row out per row in, cached at `path`.
+    """dataset.map(function) in batches and processes, with the columns {name: feature}, cached at
+    `path`.
 
-    The name of `path` is a hash of all that decides the content. columns: {name: Arrow type, or a
-    list of one for a list}. A cache that differs from its checksum is made again."""
-    features = {k: [datasets.Value(*v)] if isinstance(v, list) else datasets.Value(v)
-                for k, v in columns.items()}
+    The name of `path` is a hash of all that decides the content. A cache that differs from its
+    checksum is made again."""
     workers = min(num_proc or os.cpu_count(), math.ceil(len(dataset) / 1000))
     if workers > 1:
         check_processes(workers)
@@ -951,7 +937,7 @@ def cached_map(dataset, function, path, columns, num_proc, **settings):
         try:
             mapped = dataset.map(
                 function, batched=True, with_indices=True, fn_kwargs=settings,
-                features=datasets.Features(features), remove_columns=dataset.column_names,
+                features=datasets.Features(columns), remove_columns=dataset.column_names,
                 cache_file_name=str(path), new_fingerprint=path.stem, desc=function.__name__,
                 load_from_cache_file=True, num_proc=workers if workers > 1 else None)
             if not parts or stored != parts:
@@ -979,10 +965,10 @@ def frame(dataset, *columns: str):
 
 
 SCORES = ("score_chosen", "score_rejected")
-PLACEHOLDERS = (10, 1)             # SCORES of every row of the authors' Nectar and HH-RLHF
-CONVERTED = dict(line="string", key="string", refused="string", source="string", row="int64",
-                 score_chosen="float64", score_rejected="float64", unread=["string"])
-BLANK = ""                         # `refused` of a blank line, which no count shows
+PLACEHOLDERS = [10, 1]             # SCORES of every row of the authors' Nectar and HH-RLHF
+TEXT, NUMBER, SCORE, FLAG = map(datasets.Value, ("string", "int64", "float64", "bool"))
+CONVERTED = dict(line=TEXT, key=TEXT, refused=TEXT, source=TEXT, row=NUMBER, score_chosen=SCORE,
+                 score_rejected=SCORE, unread=[TEXT])
 DUPLICATE = "equal to an earlier row"
 
 
@@ -992,21 +978,18 @@ def convert_rows(batch, positions, name, pairs, rated):
     wrote keep their `lions_origin`, [source, row]."""
     records = []
     for n, row in raw_rows(batch, positions, name):
-        source, at = (row or {}).get("lions_origin") or (name, n)
-        record = dict(refused=BLANK, source=source, row=at)
+        source, at = row.get("lions_origin") or (name, n)
+        record = dict(source=source, row=at, unread=unread_text(row))
         try:
-            if row is not None:
-                record["unread"] = unread_text(row)
-                example = to_pair(row) if pairs else to_conversation(row)
-                if pairs and not rated:
-                    example = unrated(example)
-                fields = example._asdict() | {"lions_origin": [source, at]}
-                messages = fields["prompt" if pairs else "messages"]
-                for which in SIDES if pairs else ():
-                    messages = messages + [{"role": which, "content": fields[which]}]
-                    fields[which] = [assistant(fields[which])]
-                record |= fields | dict(line=json.dumps(fields), key=canonical_hash(messages),
-                                        refused=None)
+            example = to_pair(row) if pairs else to_conversation(row)
+            if pairs and not rated:
+                example = unrated(example)
+            fields = example._asdict() | {"lions_origin": [source, at]}
+            messages = fields["prompt" if pairs else "messages"]
+            for which in SIDES if pairs else ():
+                messages = messages + [{"role": which, "content": fields[which]}]
+                fields[which] = [assistant(fields[which])]
+            record |= fields | dict(line=json.dumps(fields), key=canonical_hash(messages))
         except ValueError as error:
             record["refused"] = str(error)
         records.append(record)
@@ -1014,47 +997,47 @@ def convert_rows(batch, positions, name, pairs, rated):
 
 
 def gather_helpsteer(raw, name):
-    """HelpSteer's rows of one prompt as one row, in the place of the first. The others are
+    """HelpSteer's rows of one prompt as one row, in the line of the first. The other lines are
     blank."""
     if not {"prompt", "response", *HELPSTEER} <= set(first_row(raw, name)):
         return raw
-    lines, by_prompt = [BLANK] * len(raw), {}
+    lines, by_prompt = [""] * len(raw), {}
     for n, row in raw_rows(raw[:], range(len(raw)), name):
-        if row is not None:
-            by_prompt.setdefault(str(row.get("prompt")), (n - 1, []))[1].append(row)
-    for position, rows in by_prompt.values():
-        lines[position] = json.dumps({"prompt": rows[0].get("prompt"), "responses": rows})
+        by_prompt.setdefault(str(row.get("prompt")), []).append((n - 1, row))
+    for numbered in by_prompt.values():
+        positions, rows = zip(*numbered)
+        lines[positions[0]] = json.dumps(rows[0] | {"responses": rows})
     return datasets.Dataset.from_dict({JSON_LINE: lines})
 
 
 def convert(sources, pairs, seed, folder, num_proc):
-    """The sources, converted: a Dataset with the columns CONVERTED. A fraction f takes int(f n) of
-    a source's n rows that are usable and equal none taken before. Raises ValueError for a source of
-    which no row can be used."""
-    parts, taken = [], pandas.Series(dtype=str)
+    """The sources, converted: a Dataset with the columns CONVERTED, and a hash of each source's
+    content. A fraction f takes int(f n) of a source's n rows that are usable and equal none taken
+    before. Raises ValueError for a source of which no row can be used."""
+    parts, hashes, taken = [], [], []
     for source in sources:
-        raw = load_source(source, folder)
+        raw, content = load_source(source, folder)
         if pairs:
             raw = gather_helpsteer(raw, source.name)
-        content = content_hash(source, folder)
-        for rated in (True, False):
-            path = folder / "converted" / f"{hash_of(content, pairs, rated)}.arrow"
+        hashes.append(hash_of(source.name, source.split, content, file_hash(__file__)))
+        for rated in (True, False):                         # again without placeholders
+            path = folder / "converted" / f"{hash_of(hashes[-1], pairs, rated)}.arrow"
             part = cached_map(raw, convert_rows, path, CONVERTED, num_proc, name=source.name,
                               pairs=pairs, rated=rated)
             rows = frame(part, "source", "row", "refused", "key", *SCORES)
-            scores = rows[[*SCORES]].dropna()
-            if scores.empty or (scores.to_numpy() != PLACEHOLDERS).any():
+            scores = rows[[*SCORES]].dropna().drop_duplicates()
+            if scores.to_numpy().tolist() != [PLACEHOLDERS]:
                 break
         if not rated:
             print(f"--data {source.name}: every row has the scores {PLACEHOLDERS}; such "
                   "placeholders are no ratings", file=sys.stderr)
-        rows = rows[rows.refused != BLANK]
         check_refused(rows)
-        new = rows.key[rows.refused.isna() & ~rows.key.isin(taken)].drop_duplicates()
+        # Rows are drawn among the different new ones. Copies of what is left out go with it.
+        new = rows.key[~rows.key.isin(taken)].dropna().drop_duplicates()
         n, order = max(1, int(source.fraction * len(new))), permutation(len(new), seed)
-        taken = pandas.concat([taken, new.iloc[order[:n]]])
+        taken += new.iloc[order[:n]].tolist()
         parts.append(part.select(rows.index[~rows.key.isin(new.iloc[order[n:]])]))
-    return datasets.concatenate_datasets(parts)
+    return datasets.concatenate_datasets(parts), hashes
 
 
 def by_reason(rows, column="refused"):
@@ -1067,8 +1050,9 @@ def by_reason(rows, column="refused"):
 
 
 def reason_lines(reasons):
+    """A line for each reason in some dicts {reason: [number of rows, FILE:ROW of the first]}."""
     lines = []
-    for counts in reasons.values():
+    for counts in reasons:
         lines += [f"  {where}: {reason} ({n} such rows)" for reason, (n, where) in counts.items()]
     return "\n".join(lines)
 
@@ -1078,13 +1062,13 @@ def check_refused(rows, bad_rows="refuse"):
     refused = rows.refused.notna()
     if refused.all() or (refused.any() and bad_rows == "stop"):
         problem = "no row is left" if refused.all() else "stopped at bad rows"
-        raise ValueError(f"--data: {problem}:\n{reason_lines(by_reason(rows))}")
+        raise ValueError(f"--data: {problem}:\n{reason_lines(by_reason(rows).values())}")
 
 
 def first_of_equal(keys):
     """The index of the first key equal to each. (n,) -> (n,) int64. b, a, b: 0, 1, 0"""
-    group, different = pandas.factorize(np.asarray(keys))
-    first = np.unique(group, return_index=True)[1]
+    keys = np.asarray(keys, dtype=str)
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
     return first[group]
 
 
@@ -1094,22 +1078,27 @@ def gap(chosen, rejected):
 
 
 COUNTED = ("length", "n_targets", "turns", "cut")
-COMMON = dict(source="string", refused="string", answer="string", messages_json="string",
-              row="int64") | dict.fromkeys(COUNTED, "int32")
+TOKEN = datasets.Value("int32")
+COMMON = dict(source=TEXT, refused=TEXT, answer=TEXT, messages_json=TEXT, row=NUMBER)
+COMMON |= dict.fromkeys(COUNTED, TOKEN)
 ENCODED = {  # columns of encoded rows, by `pairs`
-    False: COMMON | dict(input_ids=["int32"], targets=["bool"]),
-    True: COMMON | dict.fromkeys(SCORES, "float64") | dict.fromkeys(PAIR_LISTS[:3], ["int32"])
-    | dict.fromkeys(PAIR_LISTS[3:], ["bool"])}
+    False: COMMON | dict(input_ids=[TOKEN], targets=[FLAG]),
+    True: COMMON | dict.fromkeys(SCORES, SCORE) | dict.fromkeys(PAIR_LISTS[:3], [TOKEN])
+    | dict.fromkeys(PAIR_LISTS[3:], [FLAG])}
 
 
-def encode_rows(batch, positions, pairs, empty_system, seed, min_gap, tokenizer, template,
-                **limits):
+def encode_rows(batch, positions, tokenizer, template, pairs, seed, max_length,
+                loss_on="assistant", max_prompt_length=512, empty_system=0.0, min_gap=None):
     """Converted rows -> columns ENCODED[pairs], or the reason in `refused`. messages_json holds the
-    messages, of a pair its prompt, both answers and which of them are unfinished."""
+    messages, of a pair its prompt, both answers and which of them are unfinished.
+
+    empty_system: the probability of adding an empty system turn where there is none. min_gap: the
+    least score difference of a pair. None: unrated pairs stay, too."""
     records, before = [], "prompt" if pairs else "messages"
-    for line, key, source, row in zip(*(batch[k] for k in ("line", "key", "source", "row"))):
-        fields, record = json.loads(line), dict(source=source, row=row)
-        fields.pop("lions_origin")
+    for line, key in zip(batch["line"], batch["key"]):
+        fields = json.loads(line)
+        source, row = fields.pop("lions_origin")
+        record = dict(source=source, row=row)
         fields[before] = with_system(fields[before], key, empty_system, seed)
         try:
             if pairs:
@@ -1118,13 +1107,15 @@ def encode_rows(batch, positions, pairs, empty_system, seed, min_gap, tokenizer,
                 difference = gap(pair.score_chosen, pair.score_rejected)
                 if min_gap is not None and not difference >= min_gap:
                     raise ValueError("no score, or a score gap below --min-gap")
-                encoded = encode_pair(pair, tokenizer, template, **limits)
+                encoded = encode_pair(pair, tokenizer, template, max_length=max_length,
+                                      max_prompt_length=max_prompt_length)
                 masks = encoded.chosen_targets + encoded.rejected_targets
                 length, turns = len(encoded.prompt) + len(masks), len(pair.prompt) + 1
                 messages = [pair.prompt, pair.chosen, pair.rejected, pair.unfinished]
             else:
-                encoded = encode(Conversation(**fields), tokenizer, template, **limits)
-                masks, messages = encoded.targets, fields["messages"]
+                encoded = encode(Conversation(**fields), tokenizer, template, max_length=max_length,
+                                 loss_on=loss_on)
+                masks, messages = encoded.targets, unmarked(fields["messages"])
                 length, turns = len(masks), len(messages)
             record |= fields | encoded._asdict() | dict(
                 length=length, n_targets=sum(masks), turns=turns,
@@ -1135,12 +1126,11 @@ def encode_rows(batch, positions, pairs, empty_system, seed, min_gap, tokenizer,
     return batch_of(records, ENCODED[pairs])
 
 
-def prepare(sources: list[str], tokenizer, template: Template, *, max_length: int | None,
-            loss_on: str = "assistant", empty_system: float = 0.0, max_examples: int | None = None,
-            seed: int = 42, bad_rows: str = "refuse", num_proc: int | None = None,
-            cache_dir: str | None = None, pairs: bool = False, max_prompt_length: int = 512,
-            min_gap: float | None = None) -> Prepared:
-    """Sources -> encoded rows in a seeded order, without duplicates, memory-mapped, cached.
+def prepare(sources: list[str], tokenizer, template: Template, *, pairs: bool = False,
+            max_examples: int | None = None, seed: int = 42, bad_rows: str = "refuse",
+            num_proc: int | None = None, cache_dir: str | None = None, **settings) -> Prepared:
+    """Sources -> encoded rows in a seeded order, without duplicates, memory-mapped, cached. The
+    other settings are those of `encode_rows`.
 
     Columns: source, row, answer, messages_json, length, n_targets, and input_ids and targets, or
     with `pairs` PAIR_LISTS and SCORES. A pair's length is that of x, y_w and y_l. Duplicates are
@@ -1148,28 +1138,25 @@ def prepare(sources: list[str], tokenizer, template: Template, *, max_length: in
     the place of rows that encoding refuses. Raises ValueError if no row is left, or for bad_rows
     "stop" if any is refused."""
     parsed, folder = parse_sources(sources), cache_folder(cache_dir)
-    store = convert(parsed, pairs, seed, folder, num_proc)
+    store, contents = convert(parsed, pairs, seed, folder, num_proc)
     rows = frame(store, "source", "row", "refused", "unread", "key", *SCORES)
     check_refused(rows, bad_rows)
     rows.loc[rows.refused.isna() & rows.key.duplicated(), "refused"] = DUPLICATE
     kept = np.flatnonzero(rows.refused.isna())
 
-    limits = dict(max_prompt_length=max_prompt_length) if pairs else dict(loss_on=loss_on)
-    settings = limits | dict(max_length=max_length, empty_system=empty_system, seed=seed,
-                             pairs=pairs, min_gap=min_gap)
-    content = [[*source, content_hash(source, folder)] for source in parsed]
-    key = hash_of(content, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, template,
-                  settings, max_examples)
+    settings |= dict(pairs=pairs, seed=seed)
+    key = hash_of(parsed, contents, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
+                  template, settings, max_examples)
     order, parts, counts = kept[permutation(len(kept), seed)], [], []
     missing = max_examples or len(order)
-    while missing and len(order):
+    while missing and len(order):                           # once, but for rows that are refused
         ids, order = order[:missing], order[missing:]
         path = folder / "encoded" / f"{key}-{len(parts)}.arrow"
         part = cached_map(store.select(ids), encode_rows, path, ENCODED[pairs], num_proc,
                           tokenizer=tokenizer, template=template, **settings)
         counts.append(frame(part, "refused", *COUNTED).set_index(ids))
         parts.append(part.select(np.flatnonzero(counts[-1].refused.isna())))
-        missing -= len(parts[-1])                           # others replace the refused ones
+        missing -= len(parts[-1])
     counts = pandas.concat(counts)
     rows["refused"] = rows.refused.fillna(counts.refused)
     check_refused(rows.loc[counts.index], bad_rows)
@@ -1201,15 +1188,15 @@ def source_stats(rows):
 
 def stats_table(stats):
     """The paper's table: examples and tokens per source, absolute and percent, lengths, and what
-    was left out and why. Of pairs also their ratings on the scale of 1 to 10."""
-    rows = []
+    was left out and why, and the ratings of pairs on the scale of 1 to 10. A column that is zero
+    or missing for all sources is left out."""
     sources, total = stats["sources"], stats["total"]
-    for name, counts in [*sources.items(), ("total", total)]:
-        share = {f"% {k}": 100 * counts[k] / max(1, total[k]) for k in ("examples", "tokens")}
-        rows.append({"source": name} | share | {k: counts[k] for k in total})
-    lines = [table(rows)]
+    t = pandas.DataFrame([*sources.values(), total], [*sources, "total"])[[*total]]
+    for name in ("tokens", "examples"):
+        t.insert(0, f"% {name}", 100 * t[name] / total[name])
+    lines = [table(t.loc[:, t.any()].reset_index(names="source"))]
     for kind in ("reasons", "unread"):
-        lines.append(reason_lines({name: counts[kind] for name, counts in sources.items()}))
+        lines.append(reason_lines(counts[kind] for counts in sources.values()))
     return "\n".join(lines)
 
 
@@ -1266,8 +1253,7 @@ def pack(lengths, max_length: int, packing: str = "bfd") -> Rows:
     continue in the next row. The second piece repeats the last token before the cut as context, so
     that every target is scored exactly once (the first token of a piece never is)."""
     lengths = np.asarray(lengths, dtype=np.int64)
-    if len(lengths) == 0 or lengths.max() > max_length or lengths.min() < 1:
-        raise ValueError(f"pack: needs lengths in 1..{max_length}")
+    assert 1 <= lengths.min() <= lengths.max() <= max_length, "pack: lengths in 1..max_length"
     if packing != "concat":
         row_of = np.arange(len(lengths))
         if packing == "bfd":
@@ -1298,38 +1284,6 @@ DEMO_SLIPS = 0.5                   # share of training turns with the demo's hab
 def demo_rows(name, split):
     make = {"demo": demo_conversations, "demo-pairs": demo_pairs}[name]
     return make(DEMO_ROWS[name][split], 0, split)
-
-
-@contextlib.contextmanager
-def loading(name):
-    """An error inside names the model. transformers and its parsers raise many kinds."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{name} cannot be loaded ({type(error).__name__}): {error}") from error
-
-
-def load_tokenizer(name, **settings):
-    """The tokenizer of a Hub id or folder, or the demo's."""
-    from transformers import AutoTokenizer
-    if name == "demo":
-        return demo_tokenizer()
-    with loading(name):
-        if Path(name).is_dir():                             # without it BOS is lost, unsaid
-            (Path(name) / "tokenizer_config.json").stat()
-        return AutoTokenizer.from_pretrained(name, **settings)
-
-
-def load_weights(auto, name, **settings):
-    """auto.from_pretrained(name). Weights that the folder lacks or the model does not know are an
-    error, unless its class says that they may be."""
-    with loading(name):
-        model, info = auto.from_pretrained(name, use_safetensors=True, output_loading_info=True,
-                                           ignore_mismatched_sizes=True, **settings)
-        problems = {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}
-        if problems:
-            raise ValueError(problems)
-    return model
 
 
 def demo_tokenizer():
@@ -1458,34 +1412,7 @@ def stats(args):
     return result
 
 
-def figure(path, panels, columns=3):
-    """One PNG of panels {"series": {label: values}, ..what matplotlib's `ax.set` takes}. A number
-    is a bar, an array a histogram of shares, a tuple (x, y, format[, y error]) points or a
-    line."""
-    from matplotlib.figure import Figure
-    n_rows, columns = math.ceil(len(panels) / columns), min(columns, len(panels))
-    picture = Figure(figsize=(5 * columns, 3.8 * n_rows), layout="constrained")
-    for i, panel in enumerate(panels, 1):
-        ax, settings = picture.add_subplot(n_rows, columns, i), dict(panel)
-        for label, values in settings.pop("series").items():
-            if isinstance(values, tuple):
-                x, y, style, *error = values
-                ax.errorbar(x, y, *error, fmt=style, ms=4, capsize=2, elinewidth=0.6, label=label)
-            elif np.ndim(values) == 0:
-                ax.barh(Path(label).name, values, color="tab:blue")
-            else:
-                known = np.asarray(values)[~np.isnan(values)]
-                n = len(known)
-                ax.hist(known, 30, weights=np.full(n, 1 / max(1, n)), alpha=0.5,
-                        label=f"{label} (n = {n:,})")
-                ax.set_ylabel("share of rows")
-        ax.set(**settings)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.savefig(path, dpi=110)
-
-
+# ----------------------------------- shared by all scripts: files, locks, pictures and models
 def write_lines(path, lines):
     """Text lines into a file that appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1556,6 +1483,62 @@ def read_growing(folder, name) -> list[dict]:
     return rows
 
 
+def figure(path, panels, columns=3):
+    """One PNG of panels {"series": {label: values}, ..what matplotlib's `ax.set` takes}. A number
+    is a bar, an array a histogram of shares, a tuple (x, y, format[, y error]) points or a
+    line."""
+    from matplotlib.figure import Figure
+    n_rows, columns = math.ceil(len(panels) / columns), min(columns, len(panels))
+    picture = Figure(figsize=(5 * columns, 3.8 * n_rows), layout="constrained")
+    for i, panel in enumerate(panels, 1):
+        ax, settings = picture.add_subplot(n_rows, columns, i), dict(panel)
+        for label, values in settings.pop("series").items():
+            if isinstance(values, tuple):
+                x, y, style, *error = values
+                ax.errorbar(x, y, *error, fmt=style, ms=4, capsize=2, elinewidth=0.6, label=label)
+            elif np.ndim(values) == 0:
+                ax.barh(Path(label).name, values, color="tab:blue")
+            else:
+                known = pandas.Series(values).dropna()
+                n = len(known)
+                ax.hist(known, 30, weights=np.ones(n) / n, alpha=0.5, label=f"{label} (n = {n:,})")
+                ax.set_ylabel("share of rows")
+        ax.set(**settings)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.savefig(path, dpi=110)
+
+
+def load_weights(auto, name, **settings):
+    """auto.from_pretrained(name). Weights that the folder lacks or the model does not know are an
+    error, unless its class says that they may be."""
+    with loading(name):
+        model, info = auto.from_pretrained(name, use_safetensors=True, output_loading_info=True,
+                                           ignore_mismatched_sizes=True, **settings)
+        problems = {kind: sorted(map(str, names))[:5] for kind, names in info.items() if names}
+        if problems:
+            raise ValueError(problems)
+    return model
+
+
+def local_folder(model, *patterns):
+    """A model's folder. Of a Hub id it is the local copy of the files that fit the patterns."""
+    if os.path.isdir(model):
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    return Path(snapshot_download(model, allow_patterns=[*patterns]))
+
+
+def weights_hash(model):
+    """A hash of a model's weights and config by content."""
+    folder = local_folder(model, "*.safetensors", "config.json")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(f"{model}: no .safetensors file there; name a model folder or a Hub id")
+    return hash_of([[p.name, file_hash(p)] for p in [folder / "config.json", *weights]])
+
+
 # ----------------------------------------- the paper's data studies: duplicates and contamination
 NEAR, GRAM = 0.8, 5                # the Jaccard of 5-grams from which rows are near
 BENCHMARK_GRAM = 13                # words shared with a benchmark's prompt
@@ -1566,10 +1549,11 @@ LIKELY = 0.7                       # share of equal hashes to verify: misses 0.2
 def read_rows(args) -> pandas.DataFrame:
     """The usable rows of --data: the columns CONVERTED, and `where`, FILE:ROW."""
     folder = cache_folder(args.cache_dir)
-    rows = convert(parse_sources(args.data), args.pairs, args.seed, folder, args.num_proc)
-    rows = frame(rows, *CONVERTED)
+    store, _ = convert(parse_sources(args.data), args.pairs, args.seed, folder, args.num_proc)
+    rows = frame(store, *CONVERTED)
     rows["where"] = rows.source + ":" + rows.row.astype(str)
-    print(reason_lines(by_reason(rows)), reason_lines(by_reason(rows, "unread")), sep="\n")
+    for column in ("refused", "unread"):
+        print(reason_lines(by_reason(rows, column).values()))
     return rows[rows.refused.isna()].reset_index(drop=True)
 
 
@@ -1592,12 +1576,16 @@ def grams(text: str, n: int, words: str = r"\w+") -> set[str]:
     return joined or {" ".join(tokens) or canonical(text)}
 
 
-def shingles(line):
-    """5-grams of what must be near in each part: a conversation as one, or a pair's prompt, chosen
-    and rejected. A sign counts as a word: 1 + 2 is not 1 - 2."""
+def parts_of(line):
+    """The lists of messages in a row: a conversation's one, or a pair's prompt, chosen and
+    rejected."""
     fields = json.loads(line)
-    parts = [fields[k] for k in ("messages", "prompt", "chosen", "rejected") if k in fields]
-    texts = ["\n".join(map(operator.itemgetter("content"), part)) for part in parts]
+    return [fields[k] for k in ("messages", "prompt", *SIDES) if k in fields]
+
+
+def shingles(line):
+    """5-grams of each part of a row. A sign counts as a word: 1 + 2 is not 1 - 2."""
+    texts = ["\n".join(map(operator.itemgetter("content"), part)) for part in parts_of(line)]
     return [grams(text, GRAM, r"\w+|[^\w\s]") for text in texts]
 
 
@@ -1674,10 +1662,10 @@ def read_benchmarks(args):
     """{gram: NAME:ROW of its first prompt} of all benchmarks."""
     where_of = {}
     for source in parse_sources(args.against):
-        raw = load_source(source, cache_folder(args.cache_dir))
+        raw, _ = load_source(source, cache_folder(args.cache_dir))
         for n, row in raw_rows(raw[:], range(len(raw)), source.name):
             try:
-                texts = benchmark_prompts(row) if row else []
+                texts = benchmark_prompts(row)
             except ValueError as error:
                 raise ValueError(f"--against {source.name}:{n}: no prompt found ({error}); a row "
                                  f"needs one of {', '.join(PROMPTS)}, or a conversation") from None
@@ -1694,11 +1682,10 @@ def is_long(gram):
 def shared_gram(line, benchmark):
     """A gram that a conversation or pair shares with a benchmark's prompt, the longest first. A
     prompt of fewer than 13 words counts only where a whole user turn equals it."""
-    fields, shared = json.loads(line), []
-    for name in ("messages", "prompt", "chosen", "rejected"):
-        for m in fields.get(name, ()):
-            common = grams(m["content"], BENCHMARK_GRAM) & benchmark.keys()
-            shared += [gram for gram in common if m["role"] == "user" or is_long(gram)]
+    shared = []
+    for m in itertools.chain(*parts_of(line)):
+        common = grams(m["content"], BENCHMARK_GRAM) & benchmark.keys()
+        shared += [gram for gram in common if m["role"] == "user" or is_long(gram)]
     return min(shared, key=lambda gram: (-gram.count(" "), gram), default=None)
 
 
@@ -1713,9 +1700,8 @@ def decontaminate(args):
     report = hits[["where", "benchmark", "shared"]]
     write_lines(Path(args.output) / "hits.jsonl", map(json.dumps, report.to_dict("records")))
     long = int(hits.shared.map(is_long).sum())
-    print(f"{report[:5].to_markdown(index=False)}\n{long:,} of {n:,} rows share {BENCHMARK_GRAM} "
-          f"consecutive words with a prompt; a user turn of {len(hits) - long:,} equals a shorter "
-          "one")
+    print(f"{table(report[:5])}\n{long:,} of {n:,} rows share {BENCHMARK_GRAM} consecutive words "
+          f"with a prompt; a user turn of {len(hits) - long:,} equals a shorter one")
     if args.remove:
         rows = rows.drop(hits.index)
     return write_rows(args, rows, ["shared", "benchmark"], hits=len(hits), shared=long,
@@ -1723,26 +1709,29 @@ def decontaminate(args):
 
 
 # ----------------------------------------------------------------------- selection and annotation
-def highest(values, budget: int) -> np.ndarray:
-    """Indices of the `budget` highest values, highest first. Ties keep their order. NaN never.
-    Longest, AlpaGasus (chosen's rating) and Argilla (score difference). 1, NaN, 3, 3: 2, 3, 0."""
+def best_first(values) -> np.ndarray:
+    """Indices of values from the highest on. Ties keep their order. NaN never. Longest, AlpaGasus
+    (chosen's rating) and Argilla (score difference). 1, NaN, 3, 3: 2, 3, 0."""
     values = np.asarray(values, dtype=float)
-    return np.argsort(-values, kind="stable")[:np.count_nonzero(~np.isnan(values))][:budget]
+    return np.argsort(-values, kind="stable")[:np.count_nonzero(~np.isnan(values))]
 
 
-def a2(chosen, rejected, budget: int, least: float = 2.0, width: float = 1.0) -> np.ndarray:
-    """LIONs' A2: pairs whose score difference is at least `least`, in bins of `width`, equally
-    many of each bin, those with the highest chosen score. What a bin cannot fill goes to the
-    others.
+A2_LEAST = 2.0                     # score difference of A2's first bin
+
+
+def a2(chosen, rejected, budget: int) -> np.ndarray:
+    """LIONs' A2: pairs whose score difference is at least A2_LEAST, in bins that are 1 wide,
+    equally many of each bin, those with the highest chosen score. What a bin cannot fill goes to
+    the others.
 
     Rounds: the best pair of each bin, larger differences first, then the second best, .. until
     `budget`. Ties keep their order. NaN never. (n,), (n,) -> indices in that order. Scores (9,
     1), (9, 1), (7, 5), (8, 6), (9, 8), budget 3: 0, 3, 1."""
     gaps = gap(chosen, rejected)
-    best_first = highest(np.where(gaps >= least, chosen, np.nan), len(gaps))
-    bins = pandas.Series(np.floor(np.round((gaps[best_first] - least) / width, 9)))
+    order = best_first(np.where(gaps >= A2_LEAST, chosen, np.nan))
+    bins = pandas.Series(np.floor(gaps[order]))
     place = bins.groupby(bins).cumcount()                   # in its bin, the best is 0
-    return best_first[np.lexsort((-bins, place))][:budget]
+    return order[np.lexsort((-bins, place))][:budget]
 
 
 def diverse(embeddings, order, budget: int, most: float = 0.9) -> np.ndarray:
@@ -1829,39 +1818,19 @@ class Scorer:
         return value.tolist()
 
 
-def score_texts(batch, positions, scorer):
-    return {"value": [scorer(text) for text in batch["text"]]}
-
-
 def scores_of(name, kind, texts, args):
-    """A scorer's value of every text, NaN if it is too long: (n,), of embeddings (n, D). Cached by
-    1,000 texts, so that a killed command loses no more."""
-    scorer, values, unique = Scorer(name, kind, args.trust_remote_code), {}, sorted(set(texts))
-    column = {"value": ["float32"] if kind == "embedding" else "float64"}
-    for start in range(0, len(unique), 1000):
-        part = unique[start:start + 1000]
-        path = cache_folder(args.cache_dir) / "scores" / f"{hash_of(scorer.key, part)}.arrow"
-        scored = cached_map(datasets.Dataset.from_dict({"text": part}), score_texts, path, column,
-                            1, scorer=scorer)
-        values |= zip(part, scored["value"])
+    """A scorer's value of every text, NaN if it is too long: (n,), of embeddings (n, D). Each is on
+    disk as soon as it is known, and is never computed again."""
+    from tqdm import tqdm
+    scorer, folder = Scorer(name, kind, args.trust_remote_code), cache_folder(args.cache_dir)
+    values = {r["text"]: r["value"] for r in read_growing(folder / "scores", scorer.key)}
+    missing = sorted({*texts} - values.keys())
+    if missing:
+        with growing(folder / "scores", scorer.key) as append:
+            for text in tqdm(missing, kind, unit="text"):
+                values[text] = scorer(text)
+                append({"text": text, "value": values[text]})
     return np.array([values[text] for text in texts], dtype=float)
-
-
-def local_folder(model, *patterns):
-    """A model's folder. Of a Hub id it is the local copy of the files that fit the patterns."""
-    if os.path.isdir(model):
-        return Path(model)
-    from huggingface_hub import snapshot_download
-    return Path(snapshot_download(model, allow_patterns=[*patterns]))
-
-
-def weights_hash(model):
-    """A hash of a model's weights and config by content."""
-    folder = local_folder(model, "*.safetensors", "config.json")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ValueError(f"{model}: no .safetensors file there; name a model folder or a Hub id")
-    return hash_of([[p.name, file_hash(p)] for p in [folder / "config.json", *weights]])
 
 
 def scored_messages(fields):
@@ -1914,7 +1883,7 @@ def select(args):
     if method != "random" and score.isna().all():
         raise ValueError(f"--method {method}: none of the {len(rows)} rows has the score that it "
                          "needs; name a rated source, or run python data.py annotate first")
-    order = highest(score, len(rows))
+    order = best_first(score)
     if method == "random":
         order = permutation(len(rows), args.seed)
     elif method == "deita":
@@ -1934,22 +1903,21 @@ def select(args):
 
 
 def fit_ratings(rewards, ratings, degree):
-    """(low, high, c): the least-squares map from rewards r onto known ratings, sum_k c_k z^k with
-    z = (r - low) / (high - low), low and high the extremes of all rewards (LIONs: rescaled,
-    fitted).
+    """The least-squares polynomial from rewards r onto known ratings, sum_k c_k z^k with z =
+    (r - low) / (high - low), low and high the extremes of all rewards (LIONs: rescaled, fitted).
 
-    rewards, ratings (n,), NaN if unknown. Rewards 0, 2, 4 and ratings 1, 3, NaN, degree 1: z is 0,
-    0.5, 1, so c = (1, 4)."""
-    rewards, ratings = np.asarray(rewards, dtype=float), np.asarray(ratings, dtype=float)
+    rewards, ratings: arrays of one shape, NaN if unknown. Returns a numpy Polynomial: call it on
+    rewards; c = .coef, [low, high] = .domain. Rewards 0, 2, 4 and ratings 1, 3, NaN, degree 1: z is
+    0, 0.5, 1, so c = (1, 4)."""
     known = ~np.isnan(ratings) & ~np.isnan(rewards)
     levels = len(np.unique(ratings[known])), len(np.unique(rewards[known]))
     if levels[0] < 2 or levels[1] <= degree:
         raise ValueError(f"annotate: {known.sum()} answers have a rating and a reward, {levels[0]} "
                          f"different ratings and {levels[1]} different rewards; a fit needs 2 and "
                          f"{degree + 1} (--degree {degree}). Add a rated source to --data")
-    low, high = np.nanmin(rewards), np.nanmax(rewards)
-    z = (rewards[known] - low) / (high - low)
-    return float(low), float(high), np.polynomial.polynomial.polyfit(z, ratings[known], degree)
+    extremes = [np.nanmin(rewards), np.nanmax(rewards)]
+    return np.polynomial.Polynomial.fit(rewards[known], ratings[known], degree, domain=extremes,
+                                        window=[0, 1])
 
 
 def annotate(args):
@@ -1962,31 +1930,28 @@ def annotate(args):
     texts = []
     for which in SIDES:
         texts += [render(tokenizer, pair["prompt"] + pair[which]) for pair in pairs]
-    rewards = scores_of(args.rm, "reward", texts, args).reshape(2, -1)           # (2, n)
-    ratings = rows[[*SCORES]].to_numpy().T                                       # (2, n)
-    low, high, c = fit_ratings(rewards.ravel(), ratings.ravel(), args.degree)
-    z = (rewards - low) / (high - low)
-    predicted = np.clip(np.polynomial.polynomial.polyval(z, c), 1, 10)
+    rewards = scores_of(args.rm, "reward", texts, args).reshape(2, -1).T         # (n, 2)
+    ratings = rows[[*SCORES]].to_numpy()                                         # (n, 2)
+    fit = fit_ratings(rewards, ratings, args.degree)
+    predicted = np.clip(fit(rewards), 1, 10)
     known = ~np.isnan(ratings)
     annotated = ~known & ~np.isnan(predicted)
-    columns = dict(score=np.where(known, ratings, predicted), reward=rewards, annotated=annotated)
-    marks = []
-    for name, values in columns.items():
-        names = [f"{name}_{which}" for which in SIDES]
-        rows[names] = values.T
-        marks += names
+    rows[[*SCORES]] = np.where(known, ratings, predicted)
+    rows[["reward_chosen", "reward_rejected"]] = rewards
+    rows[["annotated_chosen", "annotated_rejected"]] = annotated
     figure(Path(args.output) / "annotate.png", [{
         "xlabel": "known rating", "ylabel": "predicted rating", "series": {
             "answers": (ratings[known], predicted[known], "."), "equal": ([1, 10], [1, 10], "-")}}])
-    both_scored = rewards[:, ~np.isnan(rewards).any(0)]
+    both_scored = rewards[~np.isnan(rewards).any(1)].T
     error = predicted - ratings
-    report = {"agreement": float(np.greater(*both_scored).mean()),
+    report = {"agreement": np.greater(*both_scored).mean(),
               "rated_answers": int((~np.isnan(error)).sum()),
               "annotated_answers": int(annotated.sum()), "too_long": int(np.isnan(rewards).sum()),
-              "low": low, "high": high, "coefficients": c.tolist(),
-              "mse": float(np.nanmean(error ** 2)), "mae": float(np.nanmean(np.abs(error)))}
+              "low": fit.domain[0], "high": fit.domain[1], "coefficients": fit.coef.tolist(),
+              "mse": np.nanmean(error ** 2), "mae": np.nanmean(np.abs(error))}
     print("rating = sum over k of coefficients z^k, z = (reward - low) / (high - low), in 1..10;\n"
           f"agreement of pairs, errors on the rated answers:\n{table([report])}")
+    marks = [*SCORES, "reward_chosen", "reward_rejected", "annotated_chosen", "annotated_rejected"]
     return write_rows(args, rows, marks, pairs=len(rows), **report)
 
 
@@ -2005,51 +1970,48 @@ def positive(text):
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
-
-    def command(run):
+    for run in (show, stats, dedup, decontaminate, select, annotate):
         help = " ".join(run.__doc__.split())
-        c = commands.add_parser(run.__name__, help=help, description=help, allow_abbrev=False,
-                                formatter_class=HelpFormatter)
-        c.set_defaults(run=run)
-        add = c.add_argument
+        command = commands.add_parser(run.__name__, help=help, description=help,
+                                      allow_abbrev=False, formatter_class=HelpFormatter)
+        command.set_defaults(run=run)
+        add = command.add_argument
         add("--data", nargs="+", help="sources, NAME[:split][=fraction] or a mix; None: the demo's")
         add("--pairs", action="store_true", help="read preference rows")
         add("--seed", type=int, default=42, help="of fractions, orders and random selection")
         add("--num-proc", type=positive, help="processes; None: all cores")
         add("--cache-dir", help="prepared rows and scores; None: ~/.cache/lions")
         add("--output", help="folder of the results; None: runs/COMMAND, runs/select-METHOD")
-        return add
-    for run in (show, stats):
-        add = command(run)
-        add("--model", default="demo", help="its tokenizer: Hub id, folder or demo")
-        add("--chat-template", default="chatml", help="chatml, tokenizer or a jinja file")
-        add("--loss-on", choices=["assistant", "all"], default="assistant",
-            help="which tokens are targets")
-        add("--max-length", type=positive, default=2048, help="tokens")
-        add("--max-prompt-length", type=positive, default=512,
-            help="prompt tokens that truncation keeps at least")
-        add("--packing", choices=["bfd", "concat", "none"], default="bfd",
-            help="stats: best-fit decreasing, concatenated, or one document per row")
-        add("--rows", type=positive, default=3, help="rows to show")
-    add = command(dedup)
-    add("--near", action="store_true", help=f"Jaccard of word {GRAM}-grams >= {NEAR} is near")
-    add = command(decontaminate)
-    add("--against", nargs="+", required=True, help="benchmark files or data sets, as for --data")
-    add("--remove", action="store_true", help="write rows.jsonl without those rows")
-    add = command(select)
-    add("--method", required=True,
-        choices=["random", "longest", "alpagasus", "deita", "argilla", "a2"])
-    add("--budget", type=positive, required=True, help="rows to select")
-    add("--model", default="demo", help="longest: the tokenizer that counts")
-    for kind, name in (("complexity", "hkust-nlp/deita-complexity-scorer"),
-                       ("quality", "hkust-nlp/deita-quality-scorer"),
-                       ("embedding", "mistralai/Mistral-7B-v0.1")):
-        add(f"--{kind}-model", default=name, help="deita: causal LM, Hub id or folder")
-    add("--trust-remote-code", action="store_true", help="run code that a model brings")
-    add = command(annotate)
-    add("--rm", required=True, help="reward model: a classifier with one output, Hub id or folder")
-    add("--degree", type=positive, default=1, help="of the polynomial from reward to rating")
-    add("--trust-remote-code", action="store_true", help="run code that a model brings")
+        if run in (show, stats, select):
+            add("--model", default="demo", help="the tokenizer's Hub id or folder, or demo")
+        if run in (show, stats):
+            add("--chat-template", default="chatml", help="chatml, tokenizer or a jinja file")
+            add("--loss-on", choices=["assistant", "last", "all"], default="assistant",
+                help="which tokens are targets: of all answers, of the last one, or all tokens")
+            add("--max-length", type=positive, default=2048, help="tokens")
+            add("--max-prompt-length", type=positive, default=512,
+                help="prompt tokens that truncation keeps at least")
+            add("--packing", choices=["bfd", "concat", "none"], default="bfd",
+                help="stats: best-fit decreasing, concatenated, or one document per row")
+            add("--rows", type=positive, default=3, help="rows to show")
+        if run is dedup:
+            add("--near", action="store_true", help=f"Jaccard of word {GRAM}-grams >= {NEAR}")
+        if run is decontaminate:
+            add("--against", nargs="+", required=True, help="benchmarks, named as for --data")
+            add("--remove", action="store_true", help="write rows.jsonl without those rows")
+        if run is select:
+            add("--method", required=True,
+                choices=["random", "longest", "alpagasus", "deita", "argilla", "a2"])
+            add("--budget", type=positive, required=True, help="rows to select")
+            for kind, name in (("complexity", "hkust-nlp/deita-complexity-scorer"),
+                               ("quality", "hkust-nlp/deita-quality-scorer"),
+                               ("embedding", "mistralai/Mistral-7B-v0.1")):
+                add(f"--{kind}-model", default=name, help="deita: causal LM, Hub id or folder")
+        if run is annotate:
+            add("--rm", required=True, help="reward model with one output, Hub id or folder")
+            add("--degree", type=positive, default=1, help="of the polynomial reward -> rating")
+        if run in (select, annotate):
+            add("--trust-remote-code", action="store_true", help="run code that a model brings")
     return p
 
 
@@ -2059,13 +2021,13 @@ def check_sources(args):
     out = Path(args.output).resolve()
     for source in parse_sources(args.data + getattr(args, "against", [])):
         path = Path(source.name).resolve()
-        if path.exists() and (path == out or out in path.parents):
+        if path.exists() and out in (path, *path.parents):
             raise ValueError(f"--output {args.output}: holds the source {source.name}; name "
                              "another folder")
     if args.pairs:
         return
     for source in parse_sources(args.data):
-        raw = load_source(source, cache_folder(args.cache_dir))
+        raw, _ = load_source(source, cache_folder(args.cache_dir))
         if {"chosen", "rejected"} <= set(first_row(raw, source.name)):
             raise ValueError(f"--data {source.name}: holds preference rows; add --pairs, or their "
                              "rejected answers are lost")

@@ -118,7 +118,7 @@ def run_step(step, folder):
     cache, out = str(folder / "cache"), str(folder / "out")
     names = [str(folder / name) for name in FILES]
     if step == "convert":
-        rows = data.convert(data.parse_sources(names), False, 42, Path(cache), PROCESSES)
+        rows, _ = data.convert(data.parse_sources(names), False, 42, Path(cache), PROCESSES)
         return {"rows": len(rows)}
     if step == "dedup":
         return data.main(["dedup", "--near", "--data", *names, "--output", out,

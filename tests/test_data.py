@@ -164,7 +164,9 @@ def test_multi_turn_last_only_and_unfinished(chatml):
     messages = QA + ask("r", "\U0001f981 lion")
     assert trained(encode(messages, *chatml), chatml[0]) == "ab<|im_end|>\U0001f981 lion<|im_end|>"
     last = Conversation(messages, last_only=True)
-    assert trained(data.encode(last, *chatml), chatml[0]) == "\U0001f981 lion<|im_end|>"
+    of_last = data.encode(last, *chatml)
+    assert trained(of_last, chatml[0]) == "\U0001f981 lion<|im_end|>"
+    assert encode(messages, *chatml, loss_on="last") == of_last
     cut = last._replace(unfinished=True)
     assert trained(data.encode(cut, *chatml), chatml[0]) == "\U0001f981 lion"
 
@@ -589,7 +591,7 @@ def test_bad_rows_are_counted_with_their_line(prepare, source):
     ('{"messages": []}\n', "no row is left:\n.*bad.jsonl:1: empty conversation"),
     ('\n{"messages"\n', "bad.jsonl:2: not JSON"), ("[1]\n", "bad.jsonl:1: .*a JSON object"),
     ('{"foo": 1}\n', "no row is left:\n.*bad.jsonl:1: unknown columns foo"),
-    ("\n\n", "no row is left"), ("", "bad.jsonl: the file is empty")])
+    ("\n\n", "no row is left"), ("", "bad.jsonl .*the file is empty")])
 def test_bad_file_beside_a_good_one(text, message, prepare, source, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(text)
@@ -598,7 +600,7 @@ def test_bad_file_beside_a_good_one(text, message, prepare, source, tmp_path):
 
 
 def test_missing_file_and_fraction(prepare):
-    with pytest.raises(OSError, match="no.jsonl"):
+    with pytest.raises(ValueError, match="no.jsonl"):
         prepare("no.jsonl")
     with pytest.raises(ValueError, match="--data x=2"):
         data.parse_source("x=2")

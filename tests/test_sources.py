@@ -433,18 +433,18 @@ def test_file_formats(name, text, prepare, tmp_path):
 
 
 @pytest.mark.parametrize("name, content, reason", [
-    ("a.txt", b"q", "unknown ending; a file ends in .jsonl"), ("a", b"q", "unknown ending"),
+    ("a.txt", b"q", "unknown ending.*ends in .jsonl"), ("a", b"q", "unknown ending"),
     ("a.csv", "query,response\nq,\u00e9\n".encode("latin-1"), "UTF-8"),
     ("a.csv", QA_CSV.encode("utf-16"), "UTF-8"),
-    ("a.jsonl", '{"query": "\u00e9"}'.encode("latin-1"), "a.jsonl: Unicode.*utf-8"),
+    ("a.jsonl", '{"query": "\u00e9"}'.encode("latin-1"), "a.jsonl .*utf-8"),
     ("a.json", '["\u00e9"]'.encode("latin-1"), "UTF-8"),
     ("a.csv", b"query,response\nq,a\nr,b,c\n", "line 3"),
     ("a.csv", b"query,response\nr,b,c\n", "more fields than the header"),
     ("a.csv", b"query,response\nr\n", "empty turn"),
-    ("a.json", b'[{"query": ', "a.json: Expecting"), ("a.json", b"[1]", "a.json:1: .*JSON object"),
+    ("a.json", b'[{"query": ', "a.json .*Expecting"), ("a.json", b"[1]", "a.json:1: .*JSON object"),
     ("a.json", b"{\n}", "a.json:1: not JSON"),
-    ("a.json.gz", gzip.compress(b"[{}]")[:-5], "a.json.gz: Compressed file ended"),
-    ("a.parquet", b"PAR1 no", "a.parquet: ")])
+    ("a.json.gz", gzip.compress(b"[{}]")[:-5], "a.json.gz .*Compressed file ended"),
+    ("a.parquet", b"PAR1 no", "a.parquet cannot be loaded")])
 def test_bad_files_are_named_with_what_is_wrong(name, content, reason, prepare, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"(?s)--data.*{reason}|{reason}"):
@@ -499,7 +499,7 @@ def test_what_the_hub_raises_is_one_message(kind, prepare, monkeypatch):
         raise error
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     text = str(error.__cause__ or error).split("\n")[0]
-    with pytest.raises(ValueError, match=f"^--data x/y: .*{re.escape(text)}.*ID:config:split"):
+    with pytest.raises(ValueError, match=f"^--data x/y .*{re.escape(text)}.*ID:config:split"):
         prepare("x/y:main:test")
     assert calls == [("x/y", "main", "test")]
 
