@@ -639,16 +639,18 @@ def numel(p):
 def useful_flops(model, tokens, targets, attended):
     """FLOPs of forward and backward that the result needs: 6 per weight and token in the body, 6
     per weight of the head and target, 12 per layer, head width and (query, key) pair. A frozen
-    weight has no gradient of its own and needs 4."""
+    weight has no gradient of its own and needs 4. Of a mixture's experts only the chosen count."""
     config, head = model.config.get_text_config(), model.get_output_embeddings().weight
     tables = {*model.get_input_embeddings().parameters(), head}
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", 1)
+    chosen = getattr(config, "num_experts_per_tok", experts) / experts
 
-    def per_token(weights):
-        return sum(numel(p) * (4 + 2 * p.requires_grad) for p in weights)
-    body = per_token(p for p in model.parameters() if p not in tables)
+    def per_token(name, p):
+        return numel(p) * (4 + 2 * p.requires_grad) * (chosen if ".experts." in name else 1)
+    body = sum(per_token(*named) for named in model.named_parameters() if named[1] not in tables)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim
-    return float(body * tokens + per_token([head]) * targets + attention * attended)
+    return float(body * tokens + per_token("head", head) * targets + attention * attended)
 
 
 def peak_gib():

@@ -34,11 +34,11 @@ def demo_runs(args, sizes):
 
 def smollm2_runs(args):
     """Each arm's result on judged pairs, one seed."""
-    train = write_rows(args.work / "losses-train.jsonl", judged_pairs(args, "train", 800)[:192])
-    held = write_rows(args.work / "losses-held.jsonl", judged_pairs(args, "test", 800)[:100])
+    train = write_rows(args.work / "losses-train.jsonl", judged_pairs(args, "train", 800)[:96])
+    held = write_rows(args.work / "losses-held.jsonl", judged_pairs(args, "test", 800)[:60])
     return {arm: [stage(args, "dpo", **(dict(
         model=args.model, data=train, eval_data=held, batch_size=8, lr=1e-5, max_length=512,
-        max_prompt_length=256, micro_tokens=1024, num_proc=1, seed=args.seeds[0],
+        max_prompt_length=256, micro_tokens=1024, eval_every=100, num_proc=1, seed=args.seeds[0],
         output=args.work / "losses-smollm2" / arm.replace(" ", "-")) | loss))]
         for arm, loss in ARMS.items()}
 

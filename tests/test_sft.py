@@ -121,6 +121,16 @@ def test_useful_flops_of_frozen_weights():
     assert sft.useful_flops(model, 10, 3, 0) == (4 * body + 2 * 8 * 16) * 10 + 4 * 88 * 3
 
 
+def test_useful_flops_of_a_mixture():
+    """Of 4 experts of 3 * 8 * 16 weights a token uses 2."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+    model = AutoModelForCausalLM.from_config(MixtralConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2))
+    body = 4 * 8 * 8 + 2 * 3 * 8 * 16 + 8 * 4 + 3 * 8       # router 8 x 4
+    assert sft.useful_flops(model, 10, 0, 0) == 6 * body * 10
+
+
 def run_copied_out(pieces, check, folder):
     """A file of nothing but these functions, as somebody copies them, without transformers."""
     head = """
