@@ -15,7 +15,7 @@ Writes  --output: result.json, which names all that decides the number, answers-
     python evaluate.py agree --judge JUDGE --data PAIRS             # is a judge any good?
     python evaluate.py margins BEFORE AFTER --data PAIRS
     python evaluate.py curve RUNS.. --x steps --y exact-match
-    python evaluate.py report RUNS..
+    python evaluate.py report RUNS..                                # one page, report.html
 
 Judges that were shut down: gpt-4-1106-preview, which is Arena-Hard v0.1's and AlpacaEval's, and
 gpt-4-0314 on 2026-03-26, and gpt-4, MT-Bench's, on 2026-10-23. A number under another judge is
@@ -34,13 +34,16 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import gzip
-import importlib
+import html
 import itertools
 import json
 import math
+import operator
 import os
 import re
+import string
 import sys
 import time
 from pathlib import Path
@@ -59,7 +62,7 @@ from online_dpo import (ask_llm, check_judge, check_sampling, check_urls, fill, 
                         judge_flags, load_judge, read_prompts, refused_parts, reply_keys,
                         request_flags, sample_phase, sampling_flags)
 from sft import (default_dtype, default_micro_tokens, device, git_commit, init_distributed, log,
-                 plot_curves, prepare_rows, run_main, torch_dtype)
+                 needs, plot_curves, prepare_rows, run_main, torch_dtype)
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 SHUT_DOWN = {"gpt-4-1106-preview": "2026-03-26", ANNOTATOR: "2026-03-26",
@@ -574,14 +577,6 @@ def mt_bench(args, folder):
         "out_of_scale": int((~rated.rating.between(1, 10)).sum())})
 
 
-def needs(package, install):
-    """An optional package, imported when it is used."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(f"{package} cannot be imported ({error}); pip install {install}") from None
-
-
 def alpaca_eval(args, folder):
     """AlpacaEval-2: outputs in its format. The alpaca_eval package annotates and computes win
     rates, their standard errors and the mean length. The default annotator's judge,
@@ -935,15 +930,17 @@ def read_run(folder):
         result = read_json(model / "run.json")["result"] | result
     scores = {k: dict(score=v, low=None, high=None) for k, v in result.items()
               if isinstance(v, int | float)}
-    files = {file.parent.name: file for file in sorted(model.glob("evaluate/*/result.json"))}
-    for name, file in files.items():
-        evaluation = read_json(file)
-        scores[name] = {k: evaluation.get(k) for k in ("score", "low", "high")}
+    evaluations = {}
+    for file in sorted(model.glob("evaluate/*/result.json")):
+        figures = read_json(file)
+        if "score" in figures:                              # margins have none
+            of = {k: figures.get(k) for k in ("score", "low", "high")}
+            evaluations[file.parent.name] = of
     return run | {"result": result,
                   "name": name_of(folder),
                   "folder": model,
-                  "scores": scores,
-                  "evaluations": set(files),
+                  "scores": scores | evaluations,
+                  "evaluations": set(evaluations),
                   "size": result.get("pairs") or run.get("rows")}
 
 
@@ -981,46 +978,137 @@ def curve(args, folder):
     return finish(args, folder, {"x": args.x, "y": args.y, "lines": lines})
 
 
-def report(args, folder):
-    """One Markdown page of runs: flags that differ, scores, held-out figures and their rank
-    correlation with the scores, answers to the same prompts."""
-    runs = [read_run(r) for r in args.runs]
-    flags = pandas.DataFrame([r["flags"] for r in runs]).astype(str)
+PAGE = string.Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
+ style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>Runs</title>
+<style>
+body { font: 15px/1.4 sans-serif; margin: 2em; color: #222; }
+section { overflow-x: auto; }
+table { border-collapse: collapse; }
+th, td { padding: 0.3em 0.8em; border-bottom: 1px solid #ddd; text-align: left;
+         vertical-align: top; white-space: pre-wrap; }
+thead th { border-bottom: 2px solid #888; }
+#runs th, #runs td { white-space: nowrap; }
+img { max-width: 100%; }
+#answers td { min-width: 8em; max-width: 40em; overflow-wrap: anywhere; }
+.right { background: #e2f4e2; }
+.wrong { background: #fae3e1; }
+</style>
+</head>
+<body>
+<h1>Runs</h1>
+<section>$runs</section>
+<h2>Held-out figures and scores</h2>
+<p>Spearman's rank correlation over the runs after SFT, from three runs on.
+The paper finds none.</p>
+<section>$correlation</section>
+$pictures
+<h2>Answers</h2>
+<p>The first $shown of $prompts prompts.
+<label>Search <input type="search" id="search" placeholder="text, ✓ or ✗"></label>
+<span id="count"></span></p>
+<section>$answers</section>
+<script>
+const rows = [...document.querySelectorAll("#answers tbody tr")];
+const search = document.getElementById("search");
+function filter() {
+  const wanted = search.value.toLowerCase();
+  for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
+  const shown = rows.filter(row => !row.hidden).length;
+  document.getElementById("count").textContent = shown + " found";
+}
+search.oninput = filter;
+filter();
+for (const cell of document.querySelectorAll("#answers td")) {
+  if (cell.textContent.startsWith("✓ ")) cell.className = "right";
+  if (cell.textContent.startsWith("✗ ")) cell.className = "wrong";
+}
+</script>
+</body>
+</html>
+""")
+
+
+def html_table(t, name):
+    """A DataFrame of texts as an HTML table. All text is escaped."""
+    with pandas.option_context("display.max_colwidth", None):
+        return t.to_html(index=False, border=0, table_id=name, formatters=[str] * t.shape[1])
+
+
+def html_picture(path, title):
+    """A heading and a PNG file, whose bytes are in the page."""
+    content = base64.b64encode(path.read_bytes()).decode()
+    title = html.escape(title)
+    return f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/png;base64,{content}">\n'
+
+
+def cell(value):
+    """A value of a table as text: numbers to four digits, - for what is missing."""
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+def flags_that_differ(runs):
+    """A row per run, a column per flag with different values in runs that have it. Folders are left
+    out."""
+    flags = pandas.DataFrame([pandas.Series(r["flags"], dtype=object).map(str) for r in runs])
     flags = flags.drop(columns=["output", "cache_dir", "local_rank", "overwrite"], errors="ignore")
-    flags = flags.loc[:, flags.nunique() > 1].add_prefix("--")
+    flags.columns = "--" + flags.columns.str.replace("_", "-")
+    return flags.loc[:, flags.nunique() > 1]
+
+
+def side_by_side(runs):
+    """A row per prompt, a column per run: the answers in samples.jsonl of the runs' evaluations,
+    with a mark where right or wrong is known."""
+    marks = {True: "✓ ", False: "✗ ", None: ""}
+    rows = {}
+    for r in runs:
+        for path in sorted(r["folder"].glob("evaluate/*/samples.jsonl")):
+            for s in map(json.loads, path.open()):
+                about = {"evaluation": path.parent.name, "prompt": s["prompt"][-1]["content"],
+                         "reference": s.get("reference")}
+                row = rows.setdefault((path.parent.name, json.dumps(s["prompt"])), about)
+                row[r["name"]] = marks[s.get("correct")] + s["answer"]
+    return pandas.DataFrame(rows.values()).dropna(axis=1, how="all")    # no references
+
+
+def report(args, folder):
+    """One page of runs, report.html, that needs no network: flags that differ, scores, held-out
+    figures and their rank correlation with the scores, curves and the pictures of evaluations, and
+    answers to the same prompts with a search."""
+    runs = [read_run(r) for r in args.runs]
     names = args.score or sorted(set().union(*(r["evaluations"] for r in runs)))
     figures = ["eval_loss", "eval_margin", "eval_accuracy"]
-    shown = []
-    scores = []
-    samples = {}
-    steps = {}
-    for r in runs:
-        of = {k: r["scores"].get(k, dict(score=None, low=None)) for k in (*names, *figures)}
-        shown.append({k: interval(of[k]) for k in names})
-        scores.append({k: v["score"] for k, v in of.items()})
-        steps[r["name"]] = [*map(json.loads, (r["folder"] / "metrics.jsonl").open())]
-        path = r["folder"] / "evaluate" / "exact-match" / "samples.jsonl"
-        if not path.exists():
-            continue
-        for s in map(json.loads, path.open()):
-            question = {"prompt": s["prompt"][-1]["content"]}
-            row = samples.setdefault(json.dumps(s["prompt"]), question)
-            row |= {"reference": s["reference"], r["name"]: s["answer"] + " *" * s["correct"]}
-    scores = pandas.DataFrame(scores, dtype=float)
+    unknown = dict(score=None, low=None, high=None)
+    of = [{k: r["scores"].get(k, unknown) for k in (*names, *figures)} for r in runs]
+    of = pandas.DataFrame(of)
+    scores = of.map(operator.itemgetter("score")).astype(float)
     tuned = [r["stage"] != "sft" for r in runs]             # SFT's loss is of another kind
     correlation = scores[tuned].rank().corr(min_periods=3).loc[figures, names]
-    about = pandas.DataFrame(runs, columns=["name", "stage", "size"])
-    shown = pandas.DataFrame(shown, index=about.index)
-    page = pandas.concat([about, flags, shown, scores[figures]], axis=1)
+    about = pandas.DataFrame(runs, columns=["name", "stage", "size"], dtype=object)
+    overview = pandas.concat([about, of.map(interval), flags_that_differ(runs)], axis=1).map(cell)
+    if len(overview.columns) > len(overview):               # the longer side runs down
+        overview = overview.set_index("name").rename_axis(None).T.reset_index(names="run")
+    ranks = correlation.map(cell).reset_index(names="held out")
+    steps = {r["name"]: list(map(json.loads, (r["folder"] / "metrics.jsonl").open())) for r in runs}
     plot_curves(folder / "curves.png", steps, CURVES)
-    answers = pandas.DataFrame(list(samples.values())[:args.samples])
-    text = "\n".join([
-        "# Runs\n", page.to_markdown(index=False, floatfmt=".4g"), "",
-        "Spearman's rank correlation of held-out figures with scores; the paper finds none:\n",
-        correlation.to_markdown(floatfmt=".3g"), "\n![curves](curves.png)\n",
-        "Answers (* correct):\n", table(answers.replace({"\n": " ", r"\|": r"\\|"}, regex=True))])
-    (folder / "report.md").write_text(text)
-    log(text)
+    pictures = html_picture(folder / "curves.png", "Curves")
+    for r in runs:
+        for path in sorted(r["folder"].glob("evaluate/*/*.png")):
+            pictures += html_picture(path, f"{r['name']}: {path.stem}")
+    answers = side_by_side(runs)
+    shown = answers[:args.samples].map(cell)
+    page = folder / "report.html"
+    page.write_text(PAGE.substitute(
+        runs=html_table(overview, "runs"), correlation=html_table(ranks, "correlation"),
+        pictures=pictures, answers=html_table(shown, "answers"), shown=len(shown),
+        prompts=len(answers)), encoding="utf-8")
+    log(f"{table(overview)}\n{table(ranks)}\n{page}")
     return finish(args, folder, {
         "runs": args.runs, "scores": without_nan(scores).to_dict("records"),
         "rank_correlation": without_nan(correlation).to_dict("index")})
@@ -1144,7 +1232,7 @@ def add_comparisons(command):
     add("--y", default="exact-match", help="an evaluation beside the model, or a number of its run")
     add = command(report, "+")
     add("--score", nargs="+", help="names as for curve --y; None: evaluations beside the models")
-    add("--samples", type=positive, default=8, help="answers to show")
+    add("--samples", type=positive, default=500, help="prompts to show with all answers to them")
 
 
 def check_flags(args):

@@ -957,11 +957,12 @@ def test_report_page(tmp_path):
         add_evaluation(folder, "exact-match", [sample], score=75 - 25 * i, low=5, high=95)
     result = evaluate.main(["report", *folders, "--output", str(tmp_path / "out")])
     assert result["rank_correlation"]["eval_loss"]["exact-match"] == -1
-    page = (tmp_path / "out/report.md").read_text()
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "--lr" in page
     assert "50.0 (5.0 .. 95.0)" in page
     assert "--beta" not in page
-    assert "a \\| 1 *" in page
+    assert "✓ a | 1" in page
+    assert "✗ a | 2" in page
     assert (tmp_path / "out/curves.png").is_file()
 
 
