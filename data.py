@@ -370,7 +370,10 @@ def prompt_of(row):
 
 
 def reference(row):
-    return None if row.get("answer") is None else str(row["answer"])
+    """What exact match looks for; None without one."""
+    if row.get("answer") is None:
+        return None
+    return final_answer(str(row["answer"])) or None
 
 
 def from_turns(row):
@@ -393,8 +396,8 @@ def answer_of(row, answer):
 def from_answer(row):
     """Columns of a question and an answer. GSM8K's reference answer follows '####'."""
     column, right = next(name for name in ANSWERS if name in row), reference(row)
-    if column == "answer":
-        right = final_answer(right) if right and "####" in right else None
+    if column == "answer" and "####" not in str(row["answer"]):
+        right = None
     return Conversation(prompt_of(row) + answer_of(row, row[column]), False, right)
 
 
@@ -697,6 +700,20 @@ def render(tokenizer, messages, sample=False):
         raise ValueError(f"the chat template refuses it: {error}") from None
 
 
+def special_texts(tokenizer) -> list[str]:
+    """The text of every special token."""
+    added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    return sorted(filter(None, added | set(tokenizer.all_special_tokens)))
+
+
+def render_judged(tokenizer, messages):
+    """A conversation as text for a reward model. Special tokens in its contents become a space, so
+    that no answer ends its own turn and writes the next one."""
+    special = "|".join(map(re.escape, special_texts(tokenizer))) or "(?!)"       # or no match
+    return render(tokenizer, [m | {"content": re.sub(special, " ", m["content"])}
+                              for m in messages])
+
+
 def token_ids(tokenizer, text: str) -> list[int]:
     """Ids of a rendered text. Its template alone writes the BOS."""
     return tokenizer(text, add_special_tokens=False).input_ids
@@ -755,8 +772,7 @@ def set_template(tokenizer, chat_template: str = "chatml") -> Template:
     prompts = ()
     try:
         bos, text = write_bos(tokenizer), render(tokenizer, probe)
-        added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-        specials = sorted(filter(None, added | set(tokenizer.all_special_tokens)))
+        specials = special_texts(tokenizer)
         rest = text.partition(probe[1]["content"])[2].lstrip()
         end = max((t for t in specials if rest.startswith(t)), key=len, default=None)
         if end is None:
@@ -1146,7 +1162,7 @@ def prepare(sources: list[str], tokenizer, template: Template, *, pairs: bool = 
 
     settings |= dict(pairs=pairs, seed=seed)
     key = hash_of(parsed, contents, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
-                  template, settings, max_examples)
+                  str(tokenizer.special_tokens_map), template, settings, max_examples)
     order, parts, counts = kept[permutation(len(kept), seed)], [], []
     missing = max_examples or len(order)
     while missing and len(order):                           # once, but for rows that are refused
@@ -1408,7 +1424,8 @@ def stats(args):
         result = result | {"rows": rows, "fill": result["tokens"] / (rows * args.max_length)}
         print(f"{args.packing}: {rows:,} rows of {args.max_length}, {result['fill']:.2%} full")
     figure(Path(args.output) / "stats.png", panels)
-    write_json(Path(args.output) / "report.json", prepared.stats)
+    report = Path(args.output) / "report.json"
+    write_json(report, prepared.stats | read_json(report))
     return result
 
 
@@ -1530,13 +1547,16 @@ def local_folder(model, *patterns):
     return Path(snapshot_download(model, allow_patterns=[*patterns]))
 
 
+MODEL_FILES = ("*.safetensors", "*config.json", "tokenizer.json", "*.model", "*.jinja")
+
+
 def weights_hash(model):
-    """A hash of a model's weights and config by content."""
-    folder = local_folder(model, "*.safetensors", "config.json")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
+    """A hash of a model's weights, configs, tokenizer and template by content."""
+    folder = local_folder(model, *MODEL_FILES)
+    files = sorted(path for name in MODEL_FILES for path in folder.glob(name))
+    if not any(path.suffix == ".safetensors" for path in files):
         raise ValueError(f"{model}: no .safetensors file there; name a model folder or a Hub id")
-    return hash_of([[p.name, file_hash(p)] for p in [folder / "config.json", *weights]])
+    return hash_of([[path.name, file_hash(path)] for path in files])
 
 
 # ----------------------------------------- the paper's data studies: duplicates and contamination
@@ -1564,8 +1584,7 @@ def write_rows(args, rows, marks, **report):
     write_lines(out / "rows.jsonl", (json.dumps(json.loads(line) | mark)
                                      for line, mark in zip(rows.line, marks)))
     report |= {"rows": len(rows), "output": args.output}
-    flags = {k: v for k, v in vars(args).items() if k != "run"}
-    write_json(out / "report.json", report | {"flags": flags})
+    write_json(out / "report.json", report | read_json(out / "report.json"))
     return report
 
 
@@ -1929,7 +1948,7 @@ def annotate(args):
     write_bos(tokenizer)
     texts = []
     for which in SIDES:
-        texts += [render(tokenizer, pair["prompt"] + pair[which]) for pair in pairs]
+        texts += [render_judged(tokenizer, pair["prompt"] + pair[which]) for pair in pairs]
     rewards = scores_of(args.rm, "reward", texts, args).reshape(2, -1).T         # (n, 2)
     ratings = rows[[*SCORES]].to_numpy()                                         # (n, 2)
     fit = fit_ratings(rewards, ratings, args.degree)
@@ -2033,6 +2052,21 @@ def check_sources(args):
                              "rejected answers are lost")
 
 
+WRITTEN = re.compile(r"(rows|hits|duplicates)\.jsonl|report\.json|(stats|select|annotate)\.png")
+
+
+def claim(args):
+    """report.json with the flags of this command. ValueError if --output holds files of these names
+    that no command here wrote."""
+    out = Path(args.output)
+    flags = {k: v for k, v in vars(args).items() if k not in ("run", "num_proc", "cache_dir")}
+    held = [path.name for path in out.iterdir() if WRITTEN.fullmatch(path.name)]
+    if held and "flags" not in read_json(out / "report.json"):
+        raise ValueError(f"--output {out}: holds {held[0]}, which data.py did not write; move it, "
+                         "or name another folder")
+    write_json(out / "report.json", {"flags": flags})
+
+
 def main(argv=None):
     args = parser().parse_args(argv)
     args.pairs = args.pairs or args.run is annotate
@@ -2040,7 +2074,11 @@ def main(argv=None):
     method = f"-{args.method}" if args.run is select else ""
     args.output = args.output or f"runs/{args.command}{method}"
     check_sources(args)
-    return args.run(args)
+    if args.run is show:
+        return show(args)
+    with only_process(Path(args.output)):
+        claim(args)
+        return args.run(args)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import time
 
 import numpy as np
@@ -88,8 +87,8 @@ def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta: float, loss="sigmoid"
 
 def pair_loss(args, logps, ref, lengths):
     """The loss that the flags name, summed over P pairs: dpo_loss, on log-probs per token with
-    --length-normalise, plus --nll-weight times -log pi(y_w|x) / |y_w| (Pang et al. 2404.19733, eq. 1).
-    All (P, 2), chosen then rejected; lengths |y| in tokens."""
+    --length-normalise, plus --nll-weight times -log pi(y_w|x) / |y_w| (Pang et al. 2404.19733,
+    eq. 1). All (P, 2), chosen then rejected; lengths |y| in tokens."""
     nll = -(logps / lengths)[:, 0].sum()
     if args.length_normalise:
         logps, ref = logps / lengths, ref / lengths
@@ -232,7 +231,8 @@ def train_on_pairs(args):
     settings = dict(args=args, tokenizer=tokenizer, template=template, pairs=True,
                     max_prompt_length=args.max_prompt_length, min_gap=args.min_gap)
     train_set, data_key = prepare_rows(args.data, max_examples=args.max_pairs, **settings)
-    held_set, _ = prepare_rows(args.eval_data, **settings)
+    held_set, held_key = prepare_rows(args.eval_data, **settings)
+    data_key += held_key or ""
     hashes = {name: data.weights_hash(name) for name in {args.model, ref_name}}
     models = data.hash_of(hashes[args.model], hashes[ref_name])
     if stored := check_resume(args, world, data_key + models):

@@ -35,6 +35,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import contextlib
 import gzip
 import html
 import itertools
@@ -277,6 +278,11 @@ def read_questions(args):
         turns = row.get("turns") or [row.get("prompt") or row["instruction"]]
         category = row.get("category", row.get("dataset", ""))
         questions.append(Question(key_of(row), list(map(text_of, turns)), category))
+    ids = [q.id for q in questions]
+    if not ids or len(ids) > len({*ids}):
+        raise ValueError(f"--questions {args.questions}: {len(ids)} questions with {len({*ids})} "
+                         f"different ids, {max(ids, key=ids.count, default=None)} most often; each "
+                         "needs its own")
     return questions
 
 
@@ -305,9 +311,9 @@ def sample_answers(args, folder, requests):
     """{"text", "tokens", "finished"} of (messages, temperature), from answers-*.jsonl if they are
     there, else sampled. --dry-run: texts as long as they may become."""
     tokenizer = template = None
-    made_by = [args.served_model, args.model]
-    if args.serve:
-        made_by += [args.serve, data.weights_hash(args.model)]
+    made_by = [args.served_model, args.model, args.serve]
+    if args.serve or os.path.isdir(args.model):
+        made_by.append(data.weights_hash(args.model))
     if args.engine == "hf":
         tokenizer = data.load_tokenizer(args.model)
         template = data.set_template(tokenizer, args.chat_template)
@@ -391,7 +397,9 @@ def judged(args, calls, parse, usual_judge, follow_up=None):
               "failed": sum(r["reply"] is None for r in records),
               "unfinished": len(unfinished),
               "unparsed": list(verdicts.values()).count(None),
-              "judge_refused_parts": refused_parts(records)}
+              "judge_refused_parts": refused_parts(records),
+              "judge_urls": sorted({r.get("url") or "unknown" for r in records}),
+              "asked": hash_of(calls)}                      # questions, answers, template
     log(f"{counts}: an unparsed verdict is neither win nor loss; the same command asks failed "
         "requests again")
     return verdicts, counts | {"parse": args.parse} | about_judge(args.judge, usual_judge)
@@ -428,8 +436,23 @@ def finish(args, folder, result):
               "versions": versions,
               "flags": flags,
               "output": str(folder)}
+    if "benchmark" in result and args.limit:
+        result["benchmark"] += f", first {args.limit} questions"
+    keep_older(folder / "result.json", flags)
     write_json(folder / "result.json", result)
     return result
+
+
+def keep_older(file, flags):
+    """A result of other flags, or a file of the user's, is renamed by the time of its writing."""
+    if not file.exists():
+        return
+    with contextlib.suppress(ValueError, AttributeError):
+        if read_json(file).get("flags") == json.loads(json.dumps(flags)):
+            return
+    older = file.with_name(f"result-{file.stat().st_mtime_ns}.json")
+    file.rename(older)
+    log(f"{file} was of other flags and is now {older}")
 
 
 def output_folders(args):
@@ -439,12 +462,17 @@ def output_folders(args):
     model = getattr(args, "model", None) or ""
     base = Path(model if os.path.isdir(model) else "runs")
     folder = base / "evaluate" / args.command
-    name = args.command
+    return Path(args.output or folder), Path(args.output or named(args, folder))
+
+
+def named(args, folder):
+    """FOLDER-FLAG-VALUE for flags of NAMED that are set."""
+    name = folder.name
     for flag in NAMED:
         value = getattr(args, flag, None)
         if value != args.default(flag):
             name += f"-{flag}-{value}".replace("/", "--")
-    return Path(args.output or folder), Path(args.output or folder.with_name(name))
+    return folder.with_name(name)
 
 
 # ------------------------------------------------------------------------------------- benchmarks
@@ -519,8 +547,6 @@ def arena_hard(args, folder):
     battles["score"] *= 100
     if args.version == "star":
         name += "*"
-    if args.limit:
-        name += f", first {len(questions)} questions"
     score = scored(battles.score, args.seed, battles.question)
     return finish(args, folder, about_answers | about_verdicts | score | {
         "benchmark": name,
@@ -644,7 +670,8 @@ def openllm(args, folder):
             model="hf", model_args=f"pretrained={args.model},dtype={dtype}", batch_size="auto",
             tasks=[name], num_fewshot=int(shots) if shots else None, limit=args.limit,
             task_manager=TaskManager(include_path=args.include_path), log_samples=False,
-            use_cache=str(args.shared / data.weights_hash(args.model)), device=str(device()),
+            use_cache=str(args.shared / hash_of(data.weights_hash(args.model), args.dtype)),
+            device=str(device()),
             apply_chat_template=args.apply_chat_template)
         if results is None:                                 # ranks above 0 of `accelerate launch`
             return {}
@@ -711,6 +738,7 @@ def judge(args, folder):
         "data": key,
         "win_rates": rates,
         "prompts": len(rows),
+        "unparsed": scores.unparsed,
         "truncated_answers": truncated})
 
 
@@ -757,7 +785,7 @@ def agree(args, folder):
     """How often a judge prefers the answer that stored verdicts prefer, on rated pairs: in all, by
     score difference, over both orders, and by length. Look here before you believe a judge."""
     check_judge(args)
-    rows = data.read_rows(args)
+    rows = data.read_rows(args).drop_duplicates("key")
     gap = rows.score_chosen - rows.score_rejected
     rows, n = rows.assign(gap=gap)[~(gap <= 0)], len(rows)
     print(f"{n - len(rows)} of {n} pairs have equal or reversed scores and are left out")
@@ -810,10 +838,11 @@ def stages(args, _):
         folder = run["folder"] / "evaluate" / "exact-match"
         model = str(run["folder"])
         prompts, answers, key = prompt_answers(args, model, folder, prompts)
+        folder = named(args, folder)
         samples = [{"prompt": p["prompt"],
                     "reference": p["answer"],
                     "answer": a["text"],
-                    "correct": data.final_answer(a["text"]) == p["answer"]}
+                    "correct": a["finished"] and data.final_answer(a["text"]) == p["answer"]}
                    for p, a in zip(prompts, answers) if p["answer"] is not None]
         write_lines(folder / "samples.jsonl", map(json.dumps, samples))
         right = np.array([100.0 * s["correct"] for s in samples])
@@ -821,7 +850,9 @@ def stages(args, _):
         wins = None
         if before is not None:                              # right and wrong: 1, both alike: a half
             wins = interval(scored((100 + right - before) / 2, draws=10_000))
-        finish(args, folder, {"model": model, "data": key, "prompts": len(right)} | exact)
+        finish(args, folder, {
+            "model": model, "data": key, "prompts": len(right),
+            "truncated_answers": sum(not a["finished"] for a in answers)} | exact)
         rows.append({"stage": run["name"],
                      "exact match": interval(exact),
                      "win rate over the last": wins,
@@ -926,7 +957,7 @@ def read_run(folder):
     model = Path(folder)
     result = run["result"]
     if run["stage"] == "online-dpo":
-        model = Path(result["output"])
+        model = Path(folder) / Path(result["output"]).name          # the run may have been moved
         result = read_json(model / "run.json")["result"] | result
     scores = {k: dict(score=v, low=None, high=None) for k, v in result.items()
               if isinstance(v, int | float)}
@@ -1129,22 +1160,23 @@ def cache_flags(add):
     add("--cache-dir", help="prepared data and log-probs; None: ~/.cache/lions")
 
 
-def answer_flags(add, max_new_tokens):
-    sampling_flags(add, max_new_tokens, 0.0)
+def answer_flags(add, max_new_tokens, temperature=0.0):
+    sampling_flags(add, max_new_tokens, temperature)
     add("--limit", type=positive, help="first N questions or prompts; None: all")
     add("--seed", type=int, default=42, help="of sampled answers")
     data_flags(add)
 
 
-def benchmark_flags(add, questions, max_new_tokens, judge=None):
+def benchmark_flags(add, questions, max_new_tokens, temperature=None):
     add("model", nargs="?", metavar="MODEL", help="folder or Hub id; not needed with --answers")
     add("--answers", help="the model's answers in the benchmark's format; None: sample them")
     add("--questions", default=questions, help="FILE or hf:OWNER/NAME/PATH")
-    answer_flags(add, max_new_tokens)
-    judge_flags(add, judge)
+    answer_flags(add, max_new_tokens, temperature)
+    add("--judge-url", help="the judge's http://HOST:PORT/v1; the key is in OPENAI_API_KEY")
 
 
-def verdict_flags(add, max_tokens, parses, parse=None):
+def verdict_flags(add, judge, max_tokens, parses, parse=None):
+    add("--judge", default=judge, help="the judge's model name; None: that of --version")
     add("--parse", choices=parses, default=parse, help="how verdicts are read: by the benchmark's "
         "rule, or the last mark after the judge's last thought; None: that of --version")
     add("--judge-temperature", type=float, default=0.0, help="of verdicts")
@@ -1175,9 +1207,10 @@ def parser():
 
 
 def add_benchmarks(command):
-    add = command(arena_hard)
+    fixed = dict(temperature=0.0)                           # by the benchmark
+    add = command(arena_hard, **fixed)
     benchmark_flags(add, None, 4096)
-    verdict_flags(add, None, ["2024", "2025", "last"])
+    verdict_flags(add, None, None, ["2024", "2025", "last"])
     add("--version", choices=list(VERSIONS), default="v0.1",
         help="data, judge, parsing and baseline; star: the paper's Arena-Hard-Auto*")
     add("--templates", nargs="+", default=[], help="judge_config.yaml of 2024, or today's "
@@ -1185,14 +1218,14 @@ def add_benchmarks(command):
     add("--baseline", help="name of the baseline model; None: that of --version")
     add("--baseline-answers", help="FILE or hf:.., with {baseline} for its name; None: the "
         "benchmark's")
-    add = command(mt_bench)
-    benchmark_flags(add, f"{MT_BENCH}/mt_bench/question.jsonl", 1024, "gpt-4")
-    verdict_flags(add, 2048, ["mt-bench", "last"], "mt-bench")
+    add = command(mt_bench, **fixed)
+    benchmark_flags(add, f"{MT_BENCH}/mt_bench/question.jsonl", 1024)
+    verdict_flags(add, "gpt-4", 2048, ["mt-bench", "last"], "mt-bench")
     add("--templates", default=f"{MT_BENCH}/judge_prompts.jsonl", help="the benchmark's own")
     add("--references", help="answers of the reference",
         default=f"{MT_BENCH}/mt_bench/reference_answer/gpt-4.jsonl")
     add = command(alpaca_eval, dry_run=False)
-    benchmark_flags(add, ALPACA, 2048)
+    benchmark_flags(add, ALPACA, 2048, 0.0)
     add("--reference-outputs", help="the baseline's outputs; None: those of --questions")
     add("--annotator", default=ANNOTATOR, help="a config of the package")
     add("--length-controlled", action=argparse.BooleanOptionalAction, default=True,
@@ -1242,6 +1275,10 @@ def check_flags(args):
         if not (args.judge_url or args.dry_run):
             raise ValueError("--judge-url: needed, the judge's endpoint, such as "
                              "https://api.openai.com/v1")
+    names = list(map(name_of, getattr(args, "runs", ())))
+    if len(names) > len({*names}):
+        raise ValueError(f"RUNS: two have the name {max(names, key=names.count)}; each needs its "
+                         "own")
     check_urls(args)
     if hasattr(args, "serve"):
         check_sampling(args)

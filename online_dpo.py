@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
 import gc
 import hashlib
@@ -587,6 +588,10 @@ def serving(args, policy, log_file):
     with open(log_file, "w") as out:
         server = subprocess.Popen(shlex.split(command), stdout=out, stderr=out,
                                   start_new_session=True, env=environment)
+
+    def interrupt(*_):                                      # else SIGTERM ends us before `finally`
+        raise KeyboardInterrupt
+    handler = signal.signal(signal.SIGTERM, interrupt)
     try:
         while True:
             with contextlib.suppress(OSError), opener.open(f"{url}/models", timeout=5):
@@ -603,6 +608,7 @@ def serving(args, policy, log_file):
                 server.wait(60)
             os.killpg(server.pid, signal.SIGKILL)           # also what it started and left behind
         server.wait()
+        signal.signal(signal.SIGTERM, handler)
 
 
 def sample_by_server(args, policy, prompts, wanted, url, append):
@@ -743,6 +749,8 @@ def pairrm_logits(model, tokenizer, rows, batch_tokens):
         scores = model(batch["input_ids"], batch["attention_mask"], prefixes)        # (B,)
         logits[part] = scores.double().cpu().numpy()
     torch.set_float32_matmul_precision(precision)
+    if not np.isfinite(logits).all():                       # NaN would count as a tie
+        raise ValueError("PairRM's logits are not finite; look at its weights")
     return logits
 
 
@@ -753,9 +761,12 @@ def by_comparisons(compare):
         k = len(rows[0]["answers"])
         c = np.zeros((len(rows), k, k))
         i, j = zip(*itertools.permutations(range(k), 2))
-        c[:, i, j] = np.reshape(np.nan_to_num(compare(rows)), (len(rows), -1))
+        won = np.reshape(compare(rows), (len(rows), -1))
+        judge.unparsed += int(np.isnan(won).sum())
+        c[:, i, j] = np.nan_to_num(won)
         return [scores_from_comparisons(x) for x in c]
     judge.compare = compare
+    judge.unparsed = 0
     return judge
 
 
@@ -783,7 +794,7 @@ def reward_judge(args, name):
     scorer = data.Scorer(name, "reward")
 
     def score(row, text):
-        return scorer(data.render(scorer.tokenizer, row["prompt"] + [data.assistant(text)]))
+        return scorer(data.render_judged(scorer.tokenizer, row["prompt"] + [data.assistant(text)]))
     return lambda rows: [[score(row, a["text"]) for a in row["answers"]] for row in rows]
 
 
@@ -803,7 +814,8 @@ def python_judge(args, name):
         score = getattr(module, function)
 
     def judge(rows):
-        return [score(r["prompt"], [a["text"] for a in r["answers"]], r["answer"]) for r in rows]
+        return [score(copy.deepcopy(r["prompt"]), [a["text"] for a in r["answers"]], r["answer"])
+                for r in rows]
     return judge
 
 
@@ -855,7 +867,7 @@ def ask_llm(args, model, calls, folder, **settings):
             record["reply"] = record.pop("text")
         else:
             record = dict(reply=None, error=str(reply), status=getattr(reply, "status_code", None))
-        record |= dict(key=keys[name], id=name, model=model)
+        record |= dict(key=keys[name], id=name, model=model, url=args.judge_url)
         append(record)
         known[record["key"]] = record
     with growing(folder, "replies") as append:
@@ -905,8 +917,10 @@ def load_judge(args):
         if values.shape != (len(rows), len(rows[0]["answers"])) or not np.isfinite(values).all():
             raise ValueError(f"--judge {args.judge}: {values.tolist()}: not one finite score for "
                              f"each answer to {json.dumps(rows[0]['prompt'])[:200]}")
+        scores.unparsed = getattr(judge, "unparsed", 0)     # comparisons so far without a verdict
         return values
     scores.compare = getattr(judge, "compare", None)
+    scores.unparsed = 0
     return scores
 
 
@@ -987,12 +1001,13 @@ def sample_phase(args, folder, policy, tokenizer, template, rows, iteration=0):
 
 
 def judge_phase(args, folder, rows):
-    """Scores of every prompt's answers, (P, K), written to scores-*.jsonl."""
+    """Scores of every prompt's answers, (P, K), written to scores-*.jsonl under a hash of both."""
     from tqdm import tqdm
     rank, world = init_distributed()
     known = {s["key"] for s in read_growing(folder, "scores")}
     dist.barrier()
-    mine = [r for r in rows if r["key"] not in known][rank::world]
+    keys = [hash_of(r["key"], r["answers"]) for r in rows]
+    mine = [(key, r) for key, r in zip(keys, rows) if key not in known][rank::world]
 
     def score():
         if not mine:
@@ -1000,12 +1015,12 @@ def judge_phase(args, folder, rows):
         judge = load_judge(args)
         with growing(folder, "scores") as append:
             for start in tqdm(range(0, len(mine), 16), f"judge {args.judge}", disable=rank > 0):
-                part = mine[start:start + 16]
-                for row, scores in zip(part, judge(part).tolist()):
-                    append({"key": row["key"], "scores": scores})
+                part_keys, part = zip(*mine[start:start + 16])
+                for key, scores in zip(part_keys, judge(part).tolist()):
+                    append({"key": key, "scores": scores})
     on_all_ranks(score)
     scores = {s["key"]: s["scores"] for s in read_growing(folder, "scores")}
-    return np.array([scores[r["key"]] for r in rows])
+    return np.array([scores[key] for key in keys])
 
 
 def iterate(args, iteration, policy, all_rows, tokenizer, template):
@@ -1015,7 +1030,7 @@ def iterate(args, iteration, policy, all_rows, tokenizer, template):
     clock = [time.time()]
     report = data.read_json(folder / "report.json")
     if report:
-        return report
+        return report | {"output": str(folder)}             # the run may have been moved
     order = data.permutation(len(all_rows), args.seed, iteration)[:args.max_prompts]
     rank = dist.get_rank()
     rows = [all_rows[i] for i in order]
@@ -1096,16 +1111,16 @@ def write_reports(folder, reports):
 
 # ------------------------------------------------------------------------------------------ flags
 # Flags of this script that change answers, scores or pairs at most by rounding. They are hidden
-# from DPO, so that its own check of changed flags lets them change. Two of sft.MAY_CHANGE must not:
-# --export-dtype decides the next iteration's policy, --eval-data its stored result.
+# from DPO, so that its own check of changed flags lets them change.
 NOT_OF_TRAINING = ("sampling_rows", "judge_tokens", "concurrency", "timeout", "retries",
                    "base_url", "judge_url", "serve", "iterations")
-ONLINE_MAY_CHANGE = {*NOT_OF_TRAINING, *MAY_CHANGE} - {"export_dtype", "eval_data"}
+ONLINE_MAY_CHANGE = (*NOT_OF_TRAINING, *MAY_CHANGE)
 
 
 def sampling_flags(add, max_new_tokens, temperature):
-    """Flags of answers, for online_dpo.py and evaluate.py."""
-    add("--temperature", type=float, default=temperature, help="0: greedy")
+    """Flags of answers, for online_dpo.py and evaluate.py. temperature None: not the user's."""
+    if temperature is not None:
+        add("--temperature", type=float, default=temperature, help="0: greedy")
     add("--top-p", type=float, default=1.0, help="sample from the most likely tokens of this share")
     add("--max-new-tokens", type=positive, default=max_new_tokens, help="tokens per answer at most")
     add("--engine", choices=["hf", "server"], default="hf", help="transformers, or an endpoint")
@@ -1129,7 +1144,7 @@ def request_flags(add):
 def judge_flags(add, judge):
     """Flags of judges, for online_dpo.py and evaluate.py."""
     add("--judge", default=judge, help="pairrm[:MODEL], reward:MODEL, llm:MODEL or "
-        "python:FILE:FUNCTION; for a benchmark the judge's model name")
+        "python:FILE:FUNCTION")
     add("--judge-url", help="LLM judge: http://HOST:PORT/v1; the key is in OPENAI_API_KEY")
     add("--judge-template", help="llm: a file with {prompt}, {answer_a}, {answer_b} that asks for "
         "[[A]], [[B]] or [[C]]")
@@ -1163,6 +1178,9 @@ def check_judge(args):
         raise ValueError(f"--judge {args.judge}: needs --judge-url and --judge-template")
     if kind == "llm":                                       # its text is a setting, not its name
         args.judge_template = Path(args.judge_template).read_text()
+        for name in ("{prompt}", "{answer_a}", "{answer_b}"):
+            if name not in args.judge_template:
+                raise ValueError(f"--judge-template: it lacks {name}, which the judge must see")
     elif kind == "python":
         python_judge(args, name)
         args.judge_content = data.file_hash(sys.modules["lions_judge"].__file__)
@@ -1206,7 +1224,10 @@ def all_iterations(args):
     tokenizer = data.load_tokenizer(args.model)
     template = data.set_template(tokenizer, args.chat_template)
     rows, data_key = read_prompts(args, tokenizer, template)
+    cache = data.cache_folder(args.cache_dir)
+    trained_on = data.parse_sources([*args.mix, *(args.eval_data or [])])
     data_key += data.weights_hash(args.model)
+    data_key += hash_of([data.load_source(source, cache)[1] for source in trained_on])
     if args.judge.endswith(":exact_answer") and all(r["answer"] is None for r in rows):
         raise ValueError(f"--judge {args.judge}: no row of --data has a reference answer")
     stored = check_resume(args, world, data_key, ONLINE_MAY_CHANGE)
@@ -1218,7 +1239,7 @@ def all_iterations(args):
     run = {"stage": "online-dpo", "flags": vars(args), "world": world, "git": git_commit(),
            "data": data_key, "prompts": len(rows), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
     if rank == 0:
-        write_json(out / "run.json", run)
+        write_json(out / "run.json", run | {"result": stored})      # until there is a newer one
     reports = []
     policy = args.model
     for iteration in range(1, args.iterations + 1):

@@ -199,7 +199,8 @@ def train_on_rows(args):
     template = data.set_template(tokenizer, args.chat_template)
     settings = dict(args=args, tokenizer=tokenizer, template=template, loss_on=args.loss_on)
     train_set, data_key = prepare_rows(args.data, max_examples=args.max_examples, **settings)
-    held_set, _ = prepare_rows(args.eval_data, **settings)
+    held_set, held_key = prepare_rows(args.eval_data, **settings)
+    data_key += held_key or ""
     if args.model != "demo":
         data_key += data.weights_hash(args.model)
     if stored := check_resume(args, world, data_key):
@@ -274,7 +275,7 @@ def train_rows_only(weight, ids):
 # ================================================================ shared by all stages: the flags
 # Flags that change a result at most by rounding: a resumed run may change them.
 MAY_CHANGE = ("micro_tokens", "gradient_checkpointing", "offload", "save_every", "eval_every",
-              "eval_data", "export_dtype", "num_proc", "cache_dir", "output", "overwrite",
+              "num_proc", "cache_dir", "output", "overwrite",
               "local_rank", "dtype_given", "report_to", "push_to_hub", "hub_public")
 
 
@@ -385,9 +386,9 @@ def find_preset(args, presets) -> str | None:
     """--preset, else the one of the model: by its name, or by the run that made the folder."""
     if args.preset or not args.model:
         return args.preset or "demo"
-    flags = read_json(Path(args.model) / "run.json").get("flags", {})
+    preset = read_json(Path(args.model) / "run.json").get("flags", {}).get("preset")
     by_name = {p["model"]: name for name, p in presets.items()}
-    return flags.get("preset") or by_name.get(args.model)
+    return preset if preset in presets else by_name.get(args.model)
 
 
 def plan_steps(args, n, noun) -> tuple[int, int]:
@@ -719,10 +720,13 @@ RUN_FILES = re.compile(
     r"|\w*config\.json|model[\w-]*\.safetensors(\.index\.json)?|tokenizer\.\w+|merges\.txt"
     r"|(vocab|added_tokens|special_tokens_map)\.json|chat_template\.jinja|report\.(json|md|png)"
     r"|(prompts|pairs)\.jsonl|(answers|scores|replies)-\w+\.jsonl|server\.log"
-    r"|adapter/.*|tensorboard/.*|README\.md)(\.\d+)?")
+    r"|adapter/.*|tensorboard/.*)(\.\d+)?")
 
 
 def is_run_file(path, folder):
+    """Of a README.md only the card that `published` wrote."""
+    if path.name == "README.md":
+        return "by [lions](" in path.read_text(errors="replace")
     return RUN_FILES.fullmatch(path.relative_to(folder).as_posix())
 
 
@@ -739,10 +743,13 @@ def own_folder(args):
         is_run = "stage" in read_json(out / "run.json")
         for path in out.rglob("*"):
             foreign = not is_run or (args.overwrite and not is_run_file(path, out))
-            if foreign and path.is_file() and not re.fullmatch(r"lock|run\.json\.\d+", path.name):
+            is_entry = path.is_file() or path.is_symlink()  # a linked folder is not deleted
+            if foreign and is_entry and not re.fullmatch(r"lock|run\.json\.\d+", path.name):
                 raise ValueError(f"--output {out} holds {path}, which no run here wrote; move it, "
                                  "or name another folder")
-        for name in (args.model, vars(args).get("ref") or args.model, *args.data):
+        more = [vars(args).get(name) or [] for name in ("eval_data", "mix")]
+        for name in (args.model, vars(args).get("ref") or args.model, args.chat_template,
+                     *args.data, *sum(more, [])):
             if args.overwrite and Path(name).resolve().is_relative_to(out.resolve()):
                 raise ValueError(f"--overwrite would delete {name}, an input; name another "
                                  f"--output than {out}")
@@ -764,13 +771,16 @@ def check_resume(args, world, data_key, may_change=MAY_CHANGE) -> dict | None:
     old = read_json(out / "run.json")
     if args.overwrite or not old:
         return None
-    flags |= {"number of ranks": world, "content of --data": data_key}
-    before = old["flags"] | {"number of ranks": old["world"], "content of --data": old["data"]}
+    content = "content of --data, of the model or of data.py"
+    flags |= {"number of ranks": world, content: data_key}
+    before = old["flags"] | {"number of ranks": old["world"], content: old["data"]}
     changed = [f"{name}: was {before.get(name)}, is {flags[name]}" for name in sorted(flags)
                if name not in may_change and flags[name] != before.get(name)]
     if changed:
         raise ValueError(f"--output {args.output} holds a run with other settings; name another "
                          "one or --overwrite it:\n" + "\n".join(changed))
+    if old["git"] != git_commit():
+        log(f"{args.output} was begun by commit {old['git']}; this is {git_commit()}")
     if old.get("result"):
         log(f"{args.output} is finished; this is its stored result")
         shutil.rmtree(out / "checkpoints", ignore_errors=True)      # a kill may have left them
@@ -962,7 +972,7 @@ class Run:
         if not stopping:
             return None
         self.close()
-        log(f"SIGTERM: saved at step {step}; the same command continues from here")
+        log(f"SIGTERM: saved at step {step}; the same command, without --overwrite, continues")
         return {"stopped": True, "steps": step, "output": str(self.out)}
 
     def close(self):
@@ -1067,11 +1077,17 @@ def published(args, result):
     if dist.get_rank() > 0 or not args.push_to_hub or result.get("stopped"):
         return result
     from huggingface_hub import HfApi, ModelCard, ModelCardData, constants
-    folder = Path(result["output"])
+    folder = Path(args.output)                              # not result's: the run may have moved
+    if "iterations" in result:
+        folder /= f"iteration-{result['iterations']}"
+    if (folder / "README.md").exists() and not is_run_file(folder / "README.md", folder):
+        raise ValueError(f"--push-to-hub would replace {folder}/README.md; move it")
     run = read_json(folder / "run.json")
     flags = run["flags"]
     base = flags["model"]
-    while parent := read_json(Path(base) / "run.json").get("flags"):
+    seen = {str(folder)}
+    while base not in seen and (parent := read_json(Path(base) / "run.json").get("flags")):
+        seen.add(base)                                      # a renamed run may name itself
         base = parent["model"]
     on_hub = base != "demo" and not Path(base).exists()
     head = ModelCardData(base_model=base if on_hub else None, library_name="transformers",
@@ -1088,8 +1104,9 @@ def published(args, result):
         return result
     api = HfApi()
     api.create_repo(args.push_to_hub, private=not args.hub_public, exist_ok=True)
-    api.upload_folder(repo_id=args.push_to_hub, folder_path=folder, ignore_patterns=[
-        "checkpoints/*", "tensorboard/*", "lock", "evaluate/*", "*.jsonl"])
+    api.upload_folder(repo_id=args.push_to_hub, folder_path=folder, allow_patterns=[
+        *data.MODEL_FILES, "*.safetensors.index.json", "*token*.json", "vocab.json", "merges.txt",
+        "README.md", "curves.png", "run.json", "adapter/*"])
     return result
 
 
@@ -1109,7 +1126,7 @@ def run_main(main):
     except (ValueError, OSError, FloatingPointError) as error:
         problem = error
     except KeyboardInterrupt:
-        problem = "interrupted; the same command continues"
+        problem = "interrupted; the same command, without --overwrite, continues"
     except RuntimeError as error:
         if "by peer" not in str(error) and not isinstance(error, dist.DistError):
             raise
