@@ -36,6 +36,7 @@ import functools
 import glob
 import gzip
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -1404,6 +1405,7 @@ def show(args):
         for which in SIDES:
             targets = [False] * len(r["prompt"]) + r[f"{which}_targets"]
             print(marked(r["prompt"] + r[which], targets, tokenizer, colour))
+    print(stats_table(prepared.stats))
     return prepared.stats["total"]
 
 
@@ -1424,8 +1426,7 @@ def stats(args):
         result = result | {"rows": rows, "fill": result["tokens"] / (rows * args.max_length)}
         print(f"{args.packing}: {rows:,} rows of {args.max_length}, {result['fill']:.2%} full")
     figure(Path(args.output) / "stats.png", panels)
-    report = Path(args.output) / "report.json"
-    write_json(report, prepared.stats | read_json(report))
+    write_report(args, prepared.stats)
     return result
 
 
@@ -1507,6 +1508,7 @@ def figure(path, panels, columns=3):
     from matplotlib.figure import Figure
     n_rows, columns = math.ceil(len(panels) / columns), min(columns, len(panels))
     picture = Figure(figsize=(5 * columns, 3.8 * n_rows), layout="constrained")
+    below = {}
     for i, panel in enumerate(panels, 1):
         ax, settings = picture.add_subplot(n_rows, columns, i), dict(panel)
         for label, values in settings.pop("series").items():
@@ -1521,8 +1523,14 @@ def figure(path, panels, columns=3):
                 ax.hist(known, 30, weights=np.ones(n) / n, alpha=0.5, label=f"{label} (n = {n:,})")
                 ax.set_ylabel("share of rows")
         ax.set(**settings)
-        if ax.get_legend_handles_labels()[0]:
+        handles, labels = ax.get_legend_handles_labels()
+        if 0 < len(labels) <= 4:
             ax.legend(fontsize=8)
+        elif labels:                                        # many lines: one legend, below all
+            below |= dict(zip(labels, handles))
+    if below:
+        picture.legend(below.values(), below, loc="outside lower center", ncols=columns, fontsize=8)
+        picture.set_figheight(3.8 * n_rows + 0.18 * math.ceil(len(below) / columns))
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, dpi=110)
 
@@ -1584,8 +1592,13 @@ def write_rows(args, rows, marks, **report):
     write_lines(out / "rows.jsonl", (json.dumps(json.loads(line) | mark)
                                      for line, mark in zip(rows.line, marks)))
     report |= {"rows": len(rows), "output": args.output}
-    write_json(out / "report.json", report | read_json(out / "report.json"))
+    write_report(args, report)
     return report
+
+
+def write_report(args, report):
+    flags = {k: v for k, v in vars(args).items() if k != "run"}
+    write_json(Path(args.output) / "report.json", report | {"flags": flags})
 
 
 def grams(text: str, n: int, words: str = r"\w+") -> set[str]:
@@ -1976,7 +1989,11 @@ def annotate(args):
 
 # ------------------------------------------------------------------------------------------- main
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, each flag's default behind its help."""
+    """The description as it is written, each flag's default behind its help, if it may be left
+    out."""
+
+    def _get_help_string(self, action):
+        return action.help if action.required else super()._get_help_string(action)
 
 
 def positive(text):
@@ -1991,7 +2008,8 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", required=True)
     for run in (show, stats, dedup, decontaminate, select, annotate):
         help = " ".join(run.__doc__.split())
-        command = commands.add_parser(run.__name__, help=help, description=help,
+        command = commands.add_parser(run.__name__, help=help,
+                                      description=inspect.getdoc(run),
                                       allow_abbrev=False, formatter_class=HelpFormatter)
         command.set_defaults(run=run)
         add = command.add_argument
@@ -2007,7 +2025,7 @@ def parser() -> argparse.ArgumentParser:
             add("--chat-template", default="chatml", help="chatml, tokenizer or a jinja file")
             add("--loss-on", choices=["assistant", "last", "all"], default="assistant",
                 help="which tokens are targets: of all answers, of the last one, or all tokens")
-            add("--max-length", type=positive, default=2048, help="tokens")
+            add("--max-length", type=positive, default=2048, help="tokens per row; more are cut")
             add("--max-prompt-length", type=positive, default=512,
                 help="prompt tokens that truncation keeps at least")
             add("--packing", choices=["bfd", "concat", "none"], default="bfd",
@@ -2020,7 +2038,8 @@ def parser() -> argparse.ArgumentParser:
             add("--remove", action="store_true", help="write rows.jsonl without those rows")
         if run is select:
             add("--method", required=True,
-                choices=["random", "longest", "alpagasus", "deita", "argilla", "a2"])
+                choices=["random", "longest", "alpagasus", "deita", "argilla", "a2"],
+                help="how rows are ranked; deita asks the three models below")
             add("--budget", type=positive, required=True, help="rows to select")
             for kind, name in (("complexity", "hkust-nlp/deita-complexity-scorer"),
                                ("quality", "hkust-nlp/deita-quality-scorer"),
@@ -2055,16 +2074,12 @@ def check_sources(args):
 WRITTEN = re.compile(r"(rows|hits|duplicates)\.jsonl|report\.json|(stats|select|annotate)\.png")
 
 
-def claim(args):
-    """report.json with the flags of this command. ValueError if --output holds files of these names
-    that no command here wrote."""
-    out = Path(args.output)
-    flags = {k: v for k, v in vars(args).items() if k not in ("run", "num_proc", "cache_dir")}
+def check_output(out):
+    """ValueError if --output holds files whose names a command writes, but no command's report."""
     held = [path.name for path in out.iterdir() if WRITTEN.fullmatch(path.name)]
     if held and "flags" not in read_json(out / "report.json"):
         raise ValueError(f"--output {out}: holds {held[0]}, which data.py did not write; move it, "
                          "or name another folder")
-    write_json(out / "report.json", {"flags": flags})
 
 
 def main(argv=None):
@@ -2077,7 +2092,7 @@ def main(argv=None):
     if args.run is show:
         return show(args)
     with only_process(Path(args.output)):
-        claim(args)
+        check_output(Path(args.output))
         return args.run(args)
 
 

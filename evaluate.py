@@ -38,6 +38,7 @@ import base64
 import contextlib
 import gzip
 import html
+import inspect
 import itertools
 import json
 import math
@@ -360,6 +361,9 @@ def candidate_answers(args, questions, temperature, clean=str):
             answers[q.id].append(text)
             talks[q.id].append(data.assistant(text))
             sampled.append(a)
+    if not args.dry_run:
+        first = [{"prompt": [user(q.turns[0])], "answer": answers[q.id][0]} for q in questions]
+        write_lines(args.shared / "samples.jsonl", map(json.dumps, first))  # for `report`
     texts = list(itertools.chain(*answers.values()))
     about = {"model": args.model or args.answers,
              "questions": len(questions),
@@ -456,10 +460,11 @@ def keep_older(file, flags):
 
 
 def output_folders(args):
-    """The folder of answers and replies: --output, else MODEL/evaluate/COMMAND, or
-    runs/evaluate/COMMAND if MODEL is no folder here. And the folder of the result: the same, but
-    COMMAND-FLAG-VALUE for flags of NAMED that are set, so that no result replaces another."""
-    model = getattr(args, "model", None) or ""
+    """The folder of answers and replies: --output, else MODEL/evaluate/COMMAND (of margins
+    AFTER/..), or runs/evaluate/COMMAND if MODEL is no folder here. And the folder of the result:
+    the same, but COMMAND-FLAG-VALUE for flags of NAMED that are set, so that no result replaces
+    another."""
+    model = getattr(args, "model", None) or getattr(args, "after", None) or ""
     base = Path(model if os.path.isdir(model) else "runs")
     folder = base / "evaluate" / args.command
     return Path(args.output or folder), Path(args.output or named(args, folder))
@@ -1170,7 +1175,8 @@ def answer_flags(add, max_new_tokens, temperature=0.0):
 def benchmark_flags(add, questions, max_new_tokens, temperature=None):
     add("model", nargs="?", metavar="MODEL", help="folder or Hub id; not needed with --answers")
     add("--answers", help="the model's answers in the benchmark's format; None: sample them")
-    add("--questions", default=questions, help="FILE or hf:OWNER/NAME/PATH")
+    add("--questions", default=questions,
+        help="FILE or hf:OWNER/NAME/PATH; None: those of --version")
     answer_flags(add, max_new_tokens, temperature)
     add("--judge-url", help="the judge's http://HOST:PORT/v1; the key is in OPENAI_API_KEY")
 
@@ -1180,9 +1186,11 @@ def verdict_flags(add, judge, max_tokens, parses, parse=None):
     add("--parse", choices=parses, default=parse, help="how verdicts are read: by the benchmark's "
         "rule, or the last mark after the judge's last thought; None: that of --version")
     add("--judge-temperature", type=float, default=0.0, help="of verdicts")
-    add("--judge-max-tokens", type=positive, default=max_tokens, help="tokens per verdict at most")
+    add("--judge-max-tokens", type=positive, default=max_tokens,
+        help="tokens per verdict at most; None: that of --version")
     add("--dry-run", action="store_true", help="count calls, tokens and cost; send nothing")
-    add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="per million tokens")
+    add("--price", type=float, nargs=2, metavar=("IN", "OUT"),
+        help="of a million tokens; None: cost unknown")
 
 
 def parser():
@@ -1191,7 +1199,7 @@ def parser():
     commands = p.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(run, runs=None, **defaults):
-        text = " ".join(run.__doc__.split())
+        text = inspect.getdoc(run)
         c = commands.add_parser(run.__name__.replace("_", "-"), help=text, description=text,
                                 allow_abbrev=False, formatter_class=HelpFormatter)
         c.set_defaults(run=run, default=c.get_default, **defaults)
@@ -1209,8 +1217,6 @@ def parser():
 def add_benchmarks(command):
     fixed = dict(temperature=0.0)                           # by the benchmark
     add = command(arena_hard, **fixed)
-    benchmark_flags(add, None, 4096)
-    verdict_flags(add, None, None, ["2024", "2025", "last"])
     add("--version", choices=list(VERSIONS), default="v0.1",
         help="data, judge, parsing and baseline; star: the paper's Arena-Hard-Auto*")
     add("--templates", nargs="+", default=[], help="judge_config.yaml of 2024, or today's "
@@ -1218,12 +1224,14 @@ def add_benchmarks(command):
     add("--baseline", help="name of the baseline model; None: that of --version")
     add("--baseline-answers", help="FILE or hf:.., with {baseline} for its name; None: the "
         "benchmark's")
+    benchmark_flags(add, None, 4096)
+    verdict_flags(add, None, None, ["2024", "2025", "last"])
     add = command(mt_bench, **fixed)
-    benchmark_flags(add, f"{MT_BENCH}/mt_bench/question.jsonl", 1024)
-    verdict_flags(add, "gpt-4", 2048, ["mt-bench", "last"], "mt-bench")
     add("--templates", default=f"{MT_BENCH}/judge_prompts.jsonl", help="the benchmark's own")
     add("--references", help="answers of the reference",
         default=f"{MT_BENCH}/mt_bench/reference_answer/gpt-4.jsonl")
+    benchmark_flags(add, f"{MT_BENCH}/mt_bench/question.jsonl", 1024)
+    verdict_flags(add, "gpt-4", 2048, ["mt-bench", "last"], "mt-bench")
     add = command(alpaca_eval, dry_run=False)
     benchmark_flags(add, ALPACA, 2048, 0.0)
     add("--reference-outputs", help="the baseline's outputs; None: those of --questions")
@@ -1261,7 +1269,8 @@ def add_comparisons(command):
     add("--data", nargs="+", dest="pairs", default=["demo-pairs:test"], help="held-out pairs")
     data_flags(add)
     add = command(curve, "+")
-    add("--x", choices=["steps", "tokens", "flops", "beta"], default="steps", help="cumulative")
+    add("--x", choices=["steps", "tokens", "flops", "beta"], default="steps",
+        help="steps, tokens and FLOPs count earlier runs of the same stage")
     add("--y", default="exact-match", help="an evaluation beside the model, or a number of its run")
     add = command(report, "+")
     add("--score", nargs="+", help="names as for curve --y; None: evaluations beside the models")

@@ -281,8 +281,8 @@ MAY_CHANGE = ("micro_tokens", "gradient_checkpointing", "offload", "save_every",
 
 def stage_parser(description, presets) -> argparse.ArgumentParser:
     """The flags that all stages share."""
-    p = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter,
-                                allow_abbrev=False)
+    p = argparse.ArgumentParser(usage="%(prog)s [FLAGS]", description=description,
+                                formatter_class=HelpFormatter, allow_abbrev=False)
     add = p.add_argument_group("model and data").add_argument
     add("--preset", choices=list(presets), help="the paper's settings; None: those of --model, if "
         "it has any, demo without --model")
@@ -302,7 +302,8 @@ def stage_parser(description, presets) -> argparse.ArgumentParser:
     add("--max-steps", type=positive, help="end of the schedule in steps; None: by --epochs")
     add("--batch-size", type=positive, default=32, help="rows per optimiser step, over all GPUs")
     add("--lr", type=float, default=2e-5, help="peak learning rate")
-    add("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="of the lr")
+    add("--schedule", choices=["cosine", "linear", "constant"], default="cosine",
+        help="of the learning rate, after --warmup")
     add("--warmup", type=float, default=0.1, help="share of steps")
     add("--betas", type=float, nargs=2, default=[0.9, 0.999], help="of AdamW")
     add("--eps", type=float, default=1e-8, help="of AdamW")
@@ -882,18 +883,19 @@ CURVES = {"loss": "loss (nats per target)", "lr": "learning rate", "grad_norm": 
 
 
 def plot_curves(path, runs, curves):
-    """One panel per metric over steps, one line per run; held-out values ("eval_" + metric) as
-    dots."""
+    """One panel per metric over steps, one line per run; held-out values ("eval_" + metric) as dots
+    of the same colour."""
     panels = []
     for key, title in curves.items():
         series = {}
-        for name, rows in runs.items():
-            lines = ((key, "-", name), (f"eval_{key}", "o--", f"{name}, held out"))
-            for metric, style, label in lines:
+        for n, (name, rows) in enumerate(runs.items()):
+            lines = ((key, f"C{n}-", name), (f"eval_{key}", f"C{n}o--", f"_{name}, held out"))
+            for metric, style, label in lines:              # _: not in the legend
                 seen = [(r["step"], r[metric]) for r in rows if metric in r]
                 if seen:
                     series[label] = (*zip(*seen), style)
-        panels.append({"series": series, "title": title, "xlabel": "optimiser step"})
+        panels.append({"series": series, "title": title,
+                       "xlabel": "optimiser step (dots: held out)"})
     data.figure(path, panels)
 
 
@@ -1103,10 +1105,14 @@ def published(args, result):
         log(f"offline: {folder}/README.md is written, nothing is uploaded")
         return result
     api = HfApi()
-    api.create_repo(args.push_to_hub, private=not args.hub_public, exist_ok=True)
-    api.upload_folder(repo_id=args.push_to_hub, folder_path=folder, allow_patterns=[
-        *data.MODEL_FILES, "*.safetensors.index.json", "*token*.json", "vocab.json", "merges.txt",
-        "README.md", "curves.png", "run.json", "adapter/*"])
+    try:
+        api.create_repo(args.push_to_hub, private=not args.hub_public, exist_ok=True)
+        api.upload_folder(repo_id=args.push_to_hub, folder_path=folder, allow_patterns=[
+            *data.MODEL_FILES, "*.safetensors.index.json", "*token*.json", "vocab.json",
+            "merges.txt", "README.md", "curves.png", "run.json", "adapter/*"])
+    except Exception as error:                              # the connection has its own kinds
+        raise OSError(f"--push-to-hub {args.push_to_hub}: {error}; the model is in {folder}, the "
+                      "same command uploads it") from error
     return result
 
 

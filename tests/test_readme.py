@@ -17,7 +17,6 @@ README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 LINES = re.findall(r"^    (\S.*)$", re.sub(r"```.*?```", "", README, flags=re.S), re.M)
 COMMANDS = [line for line in LINES if not line.startswith(("pip", "pytest", "{"))]
-IN_TABLES = re.findall(r"^\| `(python data\.py [^`]*)`", README, re.M)
 CHAIN = next(line for line in LINES if "&& python sft.py" in line)
 # How a command becomes small enough for a test. Flags of the command itself come later and win.
 SMALL = {
@@ -64,7 +63,7 @@ def place(tmp_path_factory):
 
 @pytest.mark.parametrize("command", [
     pytest.param(c, marks=[pytest.mark.slow] if re.match(r"deepspeed \w*dpo", c) else [])
-    for c in COMMANDS + IN_TABLES])
+    for c in COMMANDS])
 def test_command(command, place):
     """As written, but few steps, and the demo's models where large ones are named."""
     if not re.search("[A-Z]{2}", command):
@@ -101,13 +100,20 @@ def test_tables_name_what_exists():
                          ("data", "sft", "dpo", "online_dpo", "evaluate"))
     for flag in set(re.findall(r"(?<=[`\s])--[a-z][\w-]+", README)):
         known = f'"{flag}"' in help_texts or flag in (
-            "--slow", "--real-data", "--port", "--hostfile", "--repeat")
+            "--slow", "--real-data", "--port", "--hostfile")
         assert known, flag
     commands = evaluate.parser()._subparsers._group_actions[0].choices
     for name in re.findall(r"`evaluate\.py ([a-z-]+)", README):
         assert name in commands, name
     for model in LARGE:
         assert model in str(sft.PRESETS) or model in README
+
+
+def test_lines_are_few_and_short():
+    prose = re.sub(r"```.*?```|^    .*$", "", README, flags=re.S | re.M)
+    assert README.count("\n") <= 260
+    assert [line for line in prose.splitlines() if len(line) > 120] == []
+    assert 100 * prose.count(";") / len(prose.split()) < 0.3
 
 
 def test_requirements_are_pinned_with_a_reason():

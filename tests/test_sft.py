@@ -726,11 +726,15 @@ def test_push_to_hub(tmp_path, monkeypatch):
         def create_repo(self, name, **settings):
             calls.append((name, settings["private"]))
 
-        def upload_folder(self, repo_id, folder_path, ignore_patterns):
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
             calls.append((repo_id, folder_path))
+            if repo_id == "me/broken":
+                raise RuntimeError("no connection")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     run(tmp_path / "run", *flags)
     run(tmp_path / "run", *flags, "--hub-public")
     folder = tmp_path / "run"
     assert calls == [("me/lion", True), ("me/lion", folder), ("me/lion", False), ("me/lion", folder)]
+    with pytest.raises(OSError, match="me/broken: no connection; the model is in .*same command"):
+        run(tmp_path / "run", "--max-steps", 2, "--push-to-hub", "me/broken")
