@@ -395,13 +395,13 @@ def test_a_checkpoint_runs_no_pickled_code(tmp_path, monkeypatch):
 
 def test_changed_flags_are_refused_by_name(tmp_path):
     args = parse(*SMALL, "--output", tmp_path)
-    stored = {"flags": vars(args), "world": 2, "data": "a", "result": {"loss": 1.5}}
+    stored = {"flags": vars(args), "world": 2, "data": "a", "git": "0", "result": {"loss": 1.5}}
     data.write_json(tmp_path / "run.json", stored)
     other = parse(*SMALL, "--output", tmp_path, "--lr", 2, "--micro-tokens", 9)
     problems = "--overwrite it:\nlr: was 0.001, is 2.0\nnumber of ranks: was 2, is 1$"
     with pytest.raises(ValueError, match=problems):
         sft.check_resume(other, 1, "a")
-    with pytest.raises(ValueError, match="content of --data: was a, is b"):
+    with pytest.raises(ValueError, match="content of --data.*: was a, is b"):
         sft.check_resume(args, 2, "b")
     sft.init_distributed()
     assert sft.check_resume(args, 2, "a") == stored["result"]
@@ -496,7 +496,7 @@ def test_every_flag_is_read():
 
 def test_overwrite_deletes_nothing_before_the_input_was_checked(tmp_path):
     (tmp_path / "run.json").write_text('{"stage": "sft"}')
-    with pytest.raises(OSError, match="no.jsonl"):
+    with pytest.raises(ValueError, match="no.jsonl"):
         run(tmp_path, "--data", "no.jsonl", "--overwrite")
     assert (tmp_path / "run.json").exists()
 
