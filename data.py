@@ -323,7 +323,7 @@ def transcript(text):
         marks, text = rf"\s*{EXTRA}(User|Assistant)\s", f"{EXTRA}User\n{text}"
     before, *parts = re.split(marks, "\n\n" + text.lstrip())
     if before.strip():
-        raise ValueError("messages are text, not a list or a transcript")
+        raise ValueError("text before the first turn; messages are a list or a transcript")
     return [{"role": ROLES[who], "content": content.strip()}
             for who, content in zip(parts[::2], parts[1::2])]
 
@@ -1270,7 +1270,8 @@ def pack(lengths, max_length: int, packing: str = "bfd") -> Rows:
     continue in the next row. The second piece repeats the last token before the cut as context, so
     that every target is scored exactly once (the first token of a piece never is)."""
     lengths = np.asarray(lengths, dtype=np.int64)
-    assert 1 <= lengths.min() <= lengths.max() <= max_length, "pack: lengths in 1..max_length"
+    if not len(lengths) or lengths.min() < 1 or lengths.max() > max_length:
+        raise ValueError(f"pack: needs lengths in 1..{max_length}")
     if packing != "concat":
         row_of = np.arange(len(lengths))
         if packing == "bfd":
@@ -2099,6 +2100,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         print(json.dumps(main()))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        problem = str(error) or "interrupted; the same command continues"
+        print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -11,11 +11,15 @@ import argparse
 import contextlib
 import functools
 import http.server
+import importlib
 import io
 import itertools
 import json
+import math
+import multiprocessing
 import os
 import random
+import runpy
 import shutil
 import signal
 import socket
@@ -80,7 +84,10 @@ def refused(words, function, *args, **settings):
 
 # --------------------------------------------------------------------------------------- the lab
 JUDGE = """
+import sys, time
 def score(prompt, answers, reference):
+    print("judged one", file=sys.stderr, flush=True)
+    time.sleep(0.01)
     return [sum(map(ord, answer)) % 97 for answer in answers]
 """
 STAGES = {"sft": sft, "dpo": dpo, "online": online_dpo}
@@ -104,6 +111,7 @@ class Lab:
 
     def __init__(self, folder):
         self.folder, self.numbers, self.made = Path(folder), itertools.count(), {}
+        self.seconds, self.moments, self.caught = {}, {}, {}
         (self.folder / "judge.py").write_text(JUDGE)
 
     def new(self):
@@ -127,6 +135,17 @@ class Lab:
         """What sft.py leaves, trained until its answers are text."""
         return self.once("model", lambda folder: sft.main(self.flags(
             "sft", folder, "--max-steps", 150, "--lr", 2e-2, "--max-examples", 300)))
+
+    def reward(self):
+        """A reward model with an untrained head."""
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        def make(folder):
+            torch.manual_seed(0)
+            model = AutoModelForSequenceClassification.from_pretrained(self.model(), num_labels=1)
+            model.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(self.model()).save_pretrained(folder)
+        return self.once("reward", make)
 
     def flags(self, stage, out, *more):
         model = self.base() if stage == "sft" else self.model()
@@ -311,12 +330,7 @@ def model_file(lab, user, damage):
 @trials("1 weights", ("reward-judge", without_a_layer), ("reward-judge", with_a_layer_more),
         ("annotate", without_a_layer), ("annotate", with_a_layer_more))
 def reward_model(lab, user, edit):
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    folder = lab.new()
-    AutoModelForSequenceClassification.from_pretrained(lab.model(), num_labels=1).save_pretrained(
-        folder)
-    AutoTokenizer.from_pretrained(lab.model()).save_pretrained(folder)
-    edited(folder, edit)
+    folder = edited(lab.copy(lab.reward()), edit)
     number = 2 if edit is with_a_layer_more else 1
     refused([f"model.layers.{number}.mlp.down_proj.weight", folder], use, lab, user, folder)
 
@@ -552,19 +566,15 @@ def judge_changed(lab, when):
 
 @trials("4 same name", ("finished",), ("killed",))
 def reward_model_trained_anew(lab, when):
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    folder, out = lab.new(), lab.new()
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(lab.model(), num_labels=1)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(lab.model()).save_pretrained(folder)
+    folder, out = lab.copy(lab.reward()), lab.new()
     judge = ("--judge", f"reward:{folder}")
     if when == "killed":
         lab.kill("online", out, 1, *judge)
     else:
         lab.run("online", out, *judge)
-    model.score.weight.data.neg_()
-    model.save_pretrained(folder)
+    state = weights_of(folder)
+    state["score.weight"] *= -1
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     refused(["--overwrite", out], lab.run, "online", out, *judge)
 
 
@@ -1079,35 +1089,6 @@ def output_on_another_device(lab):
 
 
 # ----------------------------------------------------------------------- processes: two at a time
-@trials("2 two processes", *itertools.product(("sft", "dpo", "online"), (0.0, 2.0), (
-    [], ["--lr", "1e-2"])), in_process=False)
-def in_one_output(lab, stage, apart, other):
-    """One trains to its end. The other is refused, or finds it finished; it names the first."""
-    out = lab.new()
-    length = ("--max-steps", 60, "--save-every", 7)
-    clean = lab.once(f"sixty-{stage}", lambda folder: STAGES[stage].main(
-        lab.flags(stage, folder, *length)))
-    first = script(lab, stage, out, *length)
-    time.sleep(apart)
-    second = subprocess.Popen(
-        [sys.executable, first.args[1], *lab.flags(stage, out, *length, *other)],
-        stdout=open(f"{out}-2.log", "w"), stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
-    codes = [first.wait(), second.wait()]
-    assert 0 in codes, said(out)[-500:]
-    texts = said(out), said(f"{out}-2")
-    for code, text in zip(codes, texts):
-        assert code in (0, 2) and "Traceback" not in text, text[-500:]
-    assert other == [] or codes != [0, 0]
-    if codes != [0, 0]:
-        loser = codes.index(2)
-        assert f"{out}" in texts[loser]
-    if codes[0] == 0:
-        of = "iteration-1" if stage == "online" else ""
-        assert_equal_runs(clean / of, out / of)
-    assert script(lab, stage, out, *length, *(other if codes[0] else [])).wait() == 0
-
-
 @trials("2 two processes", ("sft",), ("dpo",), ("online",), in_process=False)
 def after_a_holder_that_died(lab, stage):
     """A lock that SIGKILL left is taken over."""
@@ -1121,6 +1102,12 @@ def after_a_holder_that_died(lab, stage):
 
 
 # ----------------------------------------------------------------------------- processes: signals
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def wait_for(condition, process, out, seconds=120):
     started = time.time()
     while not condition():
@@ -1134,41 +1121,209 @@ def last_step(out):
     return sum(lines)
 
 
-LONG = {"sft": 400, "dpo": 120, "online": 60}
+# What a script's log holds once a phase has begun
+SPAN = ["--max-steps", 23, "--save-every", 5, "--num-proc", 1]
+TRAINING = {"training": "from step", "export": "23/23 ["}
+PHASES = {
+    "sft": {"start": "started", "data": "preset", "loading": "documents in", **TRAINING},
+    "dpo": {"start": "started", "data": "preset", "reference": "log-probs under", **TRAINING},
+    "online": {"start": "started", "data": "preset", "sampling": "iteration 1:",
+               "judging": "judged one", "reference": "log-probs under", **TRAINING},
+    "evaluate": {"start": "started", "sampling": "distinct prompts", "judging": "judged one"},
+    "data": {"start": "started", "reading": "convert_rows", "scoring": "score_texts"}}
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([
+    "deepspeed", "transformers.models.llama.modeling_llama", "transformers.generation",
+    "matplotlib.figure", "evaluate", "conftest"])
 
 
-@trials("10 signals", *itertools.product(
-    ("sft", "dpo", "online"), (signal.SIGKILL, signal.SIGTERM, signal.SIGINT), (1, 2)),
-        in_process=False)
-def ten_random_moments(lab, stage, number, ranks):
-    """Ten signals to all ranks at random moments of one run, from its first second to its last;
-    the result equals the uninterrupted run's."""
-    moments = random.Random(f"{stage} {number} {ranks}")
-    length = ("--max-steps", LONG[stage], "--save-every", 9)
-    name = {"online": "online_dpo"}.get(stage, stage) + ".py"
+def to_file(log):
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
 
-    def start(out):
-        flags = lab.flags(stage, out, *length, "--cache-dir", f"{out}-cache")
-        if ranks == 1:
-            log = open(f"{out}.0.log", "a")
-            return [subprocess.Popen([sys.executable, ROOT / name, *flags], stdout=log, stderr=log,
-                                     env={**os.environ, "OMP_NUM_THREADS": "1"})]
-        return start_ranks(name, flags, ranks, out)
 
-    def whole(folder):
-        assert [p.wait() for p in start(folder)] == [0] * ranks
-    clean, out = lab.once(f"long-{stage}-{ranks}", whole), lab.new()
-    for _ in range(10):
-        processes = start(out)
-        time.sleep(moments.uniform(3, 11))
-        for p in processes:
-            p.send_signal(number)
-        deadline = time.time() + 60
-        for p in processes:
-            p.wait(max(1, deadline - time.time()))
-    assert [p.wait() for p in start(out)] == [0] * ranks, Path(f"{out}.0.log").read_text()[-800:]
-    of = "iteration-1" if stage == "online" else ""
-    assert_equal_runs(clean / of, out / of)
+def as_script(path, argv, log, environment):
+    """`python PATH ARGV` in a fork of a process that has imported the libraries."""
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # nohup and & ignore it
+    to_file(log)
+    print("started", flush=True)
+    sys.argv = [path, *argv]
+    runpy.run_path(path, run_name="__main__")
+
+
+class Started:
+    """The ranks of a script that was just started."""
+
+    def __init__(self, lab, name, out, ranks, *more):
+        file = {"online": "online_dpo"}.get(name, name)
+        self.name, self.log = name, Path(f"{lab.new()}.log")
+        world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self.processes = []
+        for rank in range(ranks):
+            of_rank = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.processes.append(start_fork(
+                as_script, str(ROOT / f"{file}.py"), [*long_command(lab, name, out), *more],
+                f"{self.log}.{rank}" if rank else str(self.log), of_rank if ranks > 1 else {}))
+
+    def text(self):
+        return self.log.read_text() if self.log.exists() else ""
+
+    def phase(self):
+        text = self.text()
+        return [None, *(p for p, mark in PHASES[self.name].items() if mark in text)][-1]
+
+    def runs(self):
+        return self.processes[0].exitcode is None
+
+    def work(self):
+        """Seconds that rank 0 has computed: other load on the machine does not count."""
+        with contextlib.suppress(OSError):
+            nanoseconds = Path(f"/proc/{self.processes[0].pid}/schedstat").read_text().split()[0]
+            return int(nanoseconds) / 1e9
+        return math.inf
+
+    def wait(self, seconds=600):
+        """Exit codes of all ranks."""
+        deadline = time.time() + seconds
+        for process in self.processes:
+            process.join(max(1, deadline - time.time()))
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+        assert None not in codes, f"still running: {codes}: {self.text()[-500:]}"
+        return codes
+
+
+def as_tests(root, argv, log):
+    """`pytest ARGV` in another copy of the files."""
+    to_file(log)
+    for path in ROOT.rglob("*.py"):
+        sys.modules.pop(path.stem, None)
+    sys.path = [str(root), *(path for path in sys.path if not path.startswith(str(ROOT)))]
+    os.chdir(root)
+    os._exit(importlib.import_module("pytest").main(argv))
+
+
+def start_fork(function, *args):
+    with environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", OMP_NUM_THREADS="1",
+                     DS_ACCELERATOR="cpu"):
+        process = FORKS.Process(target=function, args=args)
+        process.start()
+    return process
+
+
+def long_command(lab, name, out):
+    if name in STAGES:
+        return lab.flags(name, out, *SPAN, "--cache-dir", f"{out}-cache")
+    common = ["--output", str(out), "--cache-dir", f"{out}-cache", "--num-proc", "1"]
+    if name == "evaluate":
+        models = [lab.model(), lab.whole("dpo")]
+        return [*map(str, ["judge", *models, "--judge", f"python:{lab.folder}/judge.py:score",
+                           "--data", "demo:test=0.3", "--max-new-tokens", 8]), *common]
+    return ["annotate", "--rm", str(lab.reward()),
+            "--data", str(lab.once("rated.jsonl", rated_pairs)), *common]
+
+
+def rated_pairs(path):
+    path.write_text("".join(json.dumps({
+        "prompt": f"q {i}", "chosen": f"a {i}", "rejected": f"b {i}", "score_chosen": 5 + i % 5,
+        "score_rejected": 1 + i % 3}) + "\n" for i in range(150)))
+
+
+def assert_equal_ends(name, whole, out):
+    if name in STAGES:
+        of = "iteration-1" if name == "online" else ""
+        return assert_equal_runs(whole / of, out / of)
+    if name == "data":
+        assert (whole / "rows.jsonl").read_bytes() == (out / "rows.jsonl").read_bytes()
+    file = "result.json" if name == "evaluate" else "report.json"
+    a, b = (json.loads((folder / file).read_text()) for folder in (whole, out))
+    for own in ("date", "flags", "output"):
+        a.pop(own, b.pop(own, None))
+    assert a == b
+
+
+def long_run(lab, name, ranks):
+    """An uninterrupted run. How long each of its phases computes: lab.seconds."""
+    return lab.once(f"long-{name}-{ranks}", lambda folder: timed(lab, name, ranks, folder))
+
+
+def timed(lab, name, ranks, whole):
+    run, starts = Started(lab, name, whole, ranks), {}
+    work = 0
+    while run.runs():
+        phase, now = run.phase(), run.work()
+        work = now if now < math.inf else work
+        starts.setdefault(phase, work)
+        time.sleep(0.002)
+    starts.pop(None, None)
+    assert run.wait() == [0] * ranks, run.text()[-800:]
+    assert list(starts) == list(PHASES[name]), starts
+    ends = [*list(starts.values())[1:], work]
+    lab.seconds[name, ranks] = {
+        phase: end - start for (phase, start), end in zip(starts.items(), ends)}
+
+
+def chain(lab, name, number, ranks, draw):
+    """One run, stopped once in each phase by a signal to all ranks, then finished: its end equals
+    the uninterrupted one's. The moments that hit a phase are counted in lab.moments."""
+    whole, out = long_run(lab, name, ranks), lab.new()
+    seconds = lab.seconds[name, ranks]
+    counts = lab.moments.setdefault(f"{name} {number.name} {ranks}", dict.fromkeys(seconds, 0))
+    for phase in PHASES[name]:
+        run = Started(lab, name, out, ranks)
+        while run.phase() != phase and run.runs():
+            time.sleep(0.002)
+        moment = run.work() + draw.uniform(0, seconds[phase])
+        while run.phase() == phase and run.work() < moment and run.runs():
+            time.sleep(0.002)
+        now = run.phase()
+        alive = [process for process in run.processes if process.exitcode is None]
+        for process in alive:
+            os.kill(process.pid, number)
+        ended = 0 not in run.wait(120) or number == signal.SIGTERM
+        counts[now] += len(alive) == ranks and ended
+        assert now == "start" or "Traceback" not in run.text(), run.text()[-800:]
+    run = Started(lab, name, out, ranks)
+    assert run.wait() == [0] * ranks, run.text()[-800:]
+    assert_equal_ends(name, whole, out)
+    return counts
+
+
+@trials("2 two processes", *itertools.product(("sft", "dpo", "online"), (0.0, 2.0), (
+    [], ["--lr", "1e-2"])), in_process=False)
+def in_one_output(lab, stage, apart, other):
+    """One trains to its end. The other is refused, or finds it finished; it names the first."""
+    whole, out = long_run(lab, stage, 1), lab.new()
+    first = Started(lab, stage, out, 1)
+    time.sleep(apart)
+    second = Started(lab, stage, out, 1, *other)
+    codes = first.wait() + second.wait()
+    texts = first.text(), second.text()
+    assert 0 in codes, texts
+    for code, text in zip(codes, texts):
+        assert code in (0, 2) and "Traceback" not in text, text[-500:]
+    assert other == [] or codes != [0, 0]
+    if codes != [0, 0]:
+        assert f"{out}" in texts[codes.index(2)]
+    if codes[0] == 0:
+        assert_equal_ends(stage, whole, out)
+    again = Started(lab, stage, out, 1, *(other if codes[0] else []))
+    assert again.wait() == [0], again.text()[-500:]
+
+
+@trials("10 signals", *(
+    (name, number, ranks) for name in PHASES for ranks in (1, 2)[:1 + (name in STAGES)]
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)), in_process=False)
+def ten_random_moments_of_each_phase(lab, name, number, ranks):
+    draw = random.Random(f"{name} {number} {ranks}")
+    counts = {}
+    while min(counts.values(), default=0) < 10:
+        counts = chain(lab, name, number, ranks, draw)
+        assert max(counts.values()) < 40, f"moments: {counts}"
 
 
 def ranks_of(out):
@@ -1193,10 +1348,7 @@ def signal_to_the_launcher(lab, launcher, number):
     out = lab.new()
     flags = lab.flags("sft", out, "--max-steps", 4000, "--save-every", 50)
     log = open(f"{out}.log", "a")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    ports = ["--master-port" if launcher == "torchrun" else "--master_port", str(port)]
+    ports = ["--master-port" if launcher == "torchrun" else "--master_port", str(free_port())]
     process = subprocess.Popen(
         [sys.executable, *LAUNCHERS[launcher], *ports, ROOT / "sft.py", *flags], stdout=log,
         stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
@@ -1305,6 +1457,111 @@ def interrupt_while_a_judge_is_silent(lab, calls):
     assert "Traceback" not in (folder / "log").read_text()
 
 
+# --------------------------------------------------------------------- one line of the maths wrong
+MUTANTS = {  # name: file, what is replaced, by what, the tests that must fail
+    "sign in -logsigmoid": (
+        "dpo.py", "m = r_w - r_l", "m = r_l - r_w", "dpo", "by_hand"),
+    "beta left out": (
+        "dpo.py", "r_w, r_l = beta * (logp_w - ref_logp_w), beta * (logp_l - ref_logp_l)",
+        "r_w, r_l = logp_w - ref_logp_w, logp_l - ref_logp_l", "dpo", "by_hand"),
+    "IPO's half": ("dpo.py", "((m - 0.5) / beta)", "((m - 1.0) / beta)", "dpo", "by_hand"),
+    "label smoothing on the same side": (
+        "dpo.py", "F.logsigmoid(-m)", "F.logsigmoid(m)", "dpo", "by_hand"),
+    "nats of the chosen answer not per token": (
+        "dpo.py", "nll = -(logps / lengths)[:, 0].sum()", "nll = -logps[:, 0].sum()", "dpo",
+        "by_hand"),
+    "margin of the metrics without its reference": (
+        "dpo.py", "margin = r[:, 0] - r[:, 1]",
+        "margin = args.beta * (logps[:, 0] - logps[:, 1])", "dpo", "by_hand"),
+    "pairs of the micro-batch as divisor": (
+        "dpo.py", "ref, lengths) / len(wanted)\n", "ref, lengths) / len(ref)\n",
+        "properties", "any_micro_batches and dpo"),
+    "shared prompt counted twice": (
+        "dpo.py", "2 * x - shared + w + l", "2 * x + w + l", "dpo", "by_hand"),
+    "attention of the shared prompt counted twice": (
+        "dpo.py", "attended_w + attended_l - once", "attended_w + attended_l", "dpo", "by_hand"),
+    "cu_seqlens of the keys off by one": (
+        "kernels.py", "cu_k.append(len(kv_index))", "cu_k.append(len(kv_index) - 1)", "kernels",
+        "by_hand"),
+    "targets one position late": (
+        "kernels.py", "source.append(y_start + i - 1 if i", "source.append(y_start + i if i",
+        "kernels", "by_hand"),
+    "positions of the second answer continue": (
+        "kernels.py", "positions += range(len(x), len(x) + len(y))",
+        "positions += range(y_start, y_start + len(y))", "kernels", "by_hand"),
+    "causal mask aligned to the top left": (
+        "kernels.py", ".tril(Lk - Lq)", ".tril()", "kernels", "attend_equals"),
+    "window one key wider": (
+        "kernels.py", "mask.triu(Lk - Lq - window + 1)", "mask.triu(Lk - Lq - window)", "kernels",
+        "attend_equals"),
+    "gradient without softmax's minus": (
+        "kernels.py", ".exp_().mul_(-g)", ".exp_().mul_(g)", "kernels", "token_logps"),
+    "softcap's slope left out": (
+        "kernels.py", "d_z.mul_(slope)", "d_z", "kernels", "token_logps"),
+    "padded logits count": (
+        "kernels.py", 'logits[:, vocab:] = float("-inf")', "pass", "kernels", "padded"),
+    "cosine's half missing": (
+        "sft.py", "(1 + math.cos(math.pi * x)) / 2", "1 + math.cos(math.pi * x)", "sft",
+        "learning_rate"),
+    "warm-up begins at 0": (
+        "sft.py", "lr * (step + 1) / ramp", "lr * step / ramp", "sft", "learning_rate"),
+    "loss mask shifted by one": (
+        "sft.py", "[[False] + mask[1:]]", "[[False] + mask[:-1]]", "sft", "by_hand"),
+    "weights of the micro-batch as divisor": (
+        "sft.py", "sft_loss(logps, weight, total)", "sft_loss(logps, weight, weight.sum())",
+        "properties", "any_micro_batches and sft"),
+    "gradients not multiplied by the ranks": (
+        "sft.py", "engine.backward(loss * world", "engine.backward(loss",
+        "properties", "two_ranks and sft"),
+    "a third of the attention's FLOPs": (
+        "sft.py", "12 * config.num_hidden_layers", "4 * config.num_hidden_layers", "sft", "flops"),
+    "first-fit in place of best-fit": (
+        "data.py", "room = capacities[first]\n", "first, room = -1, capacities[-1]\n", "data",
+        "best_fit"),
+    "end of turn not trained": (
+        "data.py", "template.end_of_turn_id, len(before)) + 1",
+        "template.end_of_turn_id, len(before))", "data", "mask_by_hand"),
+    "one order for all epochs": (
+        "data.py", "key=[seed, epoch]", "key=[seed, 0]", "data", "order_of_each"),
+    "A2 takes the rejected score": (
+        "data.py", "np.where(gaps >= A2_LEAST, chosen, np.nan)",
+        "np.where(gaps >= A2_LEAST, rejected, np.nan)", "selection", "a2"),
+    "PairRM's C_ij - C_ji turned round": (
+        "online_dpo.py", "return (c - c.T).mean(1)", "return (c.T - c).mean(1)", "online_dpo",
+        "ranking"),
+    "worst against best": (
+        "online_dpo.py", "w = max(can_win, key=s.item)", "w = min(can_win, key=s.item)",
+        "online_dpo", "pick_pairs_by_hand"),
+    "top-p leaves out the token that reaches p": (
+        "online_dpo.py", "p.cumsum(-1) - p >= top_p", "p.cumsum(-1) >= top_p", "online_dpo",
+        "pick_token_by_hand"),
+    "strong verdicts count once": (
+        "evaluate.py", '"A>>B": (1.0, 3)', '"A>>B": (1.0, 1)', "evaluate", "arena_score_by_hand"),
+    "second game not swapped": (
+        "evaluate.py", "score = 1.0 - score", "score = score", "evaluate", "arena_score_by_hand"),
+    "vertex without its half": (
+        "evaluate.py", "-c[1] / (2 * c[2])", "-c[1] / c[2]", "evaluate", "quadratic_fit_by_hand")}
+
+
+@trials("12 maths", *((name,) for name in MUTANTS), in_process=False)
+def wrong(lab, name):
+    """The tests notice it."""
+    file, old, new, tests, chosen = MUTANTS[name]
+    root = lab.new()
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", "runs", "__pycache__"))
+    text = (root / file).read_text()
+    assert text.count(old) == 1, f"{file} holds {old} {text.count(old)} times"
+    (root / file).write_text(text.replace(old, new))
+    log = root / "log"
+    process = start_fork(as_tests, root, ["-qx", "-p", "no:cacheprovider", "--slow", "-k", chosen,
+                                          f"tests/test_{tests}.py"], str(log))
+    process.join()
+    failed = [line.split("::")[1].split(" - ")[0] for line in log.read_text().splitlines()
+              if line.startswith("FAILED")]
+    assert process.exitcode == 1 and failed, log.read_text()[-800:]
+    lab.caught[name] = failed[0]
+
+
 # ------------------------------------------------------------------------------------------- main
 def assertion(error):
     """The line of an assertion without a text."""
@@ -1350,7 +1607,8 @@ def main(argv=None):
             if problem is not None:
                 defects.append({"kind": trial.kind, "what": trial.what, "problem": problem})
     print(data.table([{"kind": kind} | of for kind, of in counts.items()]))
-    return {"trials": len(chosen), "survived": len(chosen) - len(defects), "defects": defects}
+    return {"trials": len(chosen), "survived": len(chosen) - len(defects), "defects": defects,
+            "moments": lab.moments, "caught": lab.caught}
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_reference_answer_follows_the_hashes():
     ([QA[0], QA[1] | {"reasoning_content": "hm"}], "reasoning_content: no rule reads it"),
     ([], "empty conversation"), (QA[::-1], "role order broken"), (QA[:1], "no assistant turn"),
     (ask("q", " "), "empty turn"), ([{"role": "x", "content": ""}], "unknown role"),
-    (ask("q", 3), "content is not text"), ("q", "messages are text, not a list")])
+    (ask("q", 3), "content is not text"), ("q", "messages are a list")])
 def test_refused_rows(messages, reason):
     with pytest.raises(ValueError, match=reason):
         data.to_conversation({"messages": messages})
@@ -636,3 +636,12 @@ def test_no_dead_flag():
         for action in command._actions:
             name = action.dest
             assert name == "help" or re.search(rf'args\.{name}\b|"{name}"', source), name
+
+
+def test_an_order_of_each_epoch():
+    """Each epoch and each seed has its own order of all rows, the same at every call."""
+    orders = [data.permutation(9, seed, epoch).tolist() for seed in (1, 2) for epoch in (0, 1, 0)]
+    assert all(sorted(order) == list(range(9)) for order in orders)
+    assert orders[0] == orders[2]
+    assert orders[3] == orders[5]
+    assert len(set(map(tuple, orders))) == 4

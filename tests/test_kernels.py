@@ -481,3 +481,31 @@ def test_cuda_back_ends_equal_fp32(backend, window):
     half = attend(q, k, v, *rest, backend=backend).float()
     exact = attend(q.float(), k.float(), v.float(), *rest, backend="sdpa")
     torch.testing.assert_close(half, exact, atol=2e-2, rtol=2e-2)
+
+
+# ------------------------------------------------------------------------------ further refusals
+TINY = dict(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=4)
+
+
+@pytest.mark.parametrize("config, change, why", [
+    (hf.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1), {}, "recurrent state"),
+    (hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=4, n_positions=32), {},
+     "32 learned positions; set --max-length to at most that .now --max-length 64"),
+    (hf.LlamaConfig(**TINY), {"lm_head_multiplier": 2.0}, "its head applies lm_head_multiplier")])
+def test_refused_by_name_of_its_part(config, change, why):
+    model = hf.AutoModelForCausalLM.from_config(config)
+    vars(model.config).update(change)
+    with pytest.raises(ValueError, match=f"{type(model).__name__} cannot be trained.*{why}"):
+        use_varlen(model, 64)
+
+
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(ValueError, match="LlamaModel cannot.*no output embedding"):
+        use_varlen(hf.AutoModel.from_config(hf.LlamaConfig(**TINY)), 64)
+
+
+def test_sums_over_answers_by_hand():
+    """Answers 0 and 2 have targets, answer 1 has none."""
+    sums = kernels.sequence_logps(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 0, 2]), 3)
+    assert sums.tolist() == [-3, 0, -4]

@@ -15,6 +15,7 @@ import data
 import kernels
 import online_dpo
 import sft
+from conftest import start_ranks
 from test_data import TEMPLATES
 from test_kernels import FAMILIES, build, varlen_copy
 
@@ -130,6 +131,33 @@ def test_micro_batches_partition_a_step(tokens, limit, ranks):
     assert len(split) == ranks
     assert len({len(of_rank) for of_rank in split}) == 1
     assert all(len(m) == 1 or sum(tokens[i] for i in m) <= limit for m in micros)
+
+
+def first_step(lab, stage, ranks, *more):
+    """Loss and gradient norm of the first step over four rows or pairs."""
+    out = lab.new()
+    more = ["--batch-size", "4", "--max-steps", "1", *more]
+    if ranks == 1:
+        lab.run(stage, out, *more)
+    else:
+        processes = start_ranks(f"{stage}.py", lab.flags(stage, out, *more), ranks, out)
+        assert [p.wait() for p in processes] == [0] * ranks
+    now = importlib.import_module("break").metrics_of(out)[0]
+    return now["loss"], now["grad_norm"]
+
+
+@pytest.mark.parametrize("stage", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
+def test_a_step_on_two_ranks_is_that_of_one(lab, stage):
+    for a, b in zip(first_step(lab, stage, 1), first_step(lab, stage, 2)):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_step_is_the_same_in_any_micro_batches(lab, stage):
+    """All rows in one micro-batch, and each on its own: the divisor is the step's."""
+    for a, b in zip(first_step(lab, stage, 1, "--micro-tokens", "1"),
+                    first_step(lab, stage, 1, "--micro-tokens", "4096")):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------- shared and plain

@@ -1,5 +1,6 @@
 """data.py: each public source by a row of its published schema, ratings, mixes, whole files."""
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -654,3 +655,50 @@ def test_killed_preparation_continues(prepare, source, tmp_path):
 def test_first_of_equal():
     assert data.first_of_equal([*"babac"]).tolist() == [0, 1, 0, 1, 4]
     assert data.first_of_equal([]).tolist() == []
+
+
+# ------------------------------------------------------------------- rows that nothing else reads
+def solution(text, is_correct):
+    return {"solution": text, "is_correct": is_correct}
+
+
+def test_solutions_make_a_pair_drawn_by_the_question():
+    """The first two bytes of the question's hash pick a right and a wrong solution."""
+    texts = {True: ["r0", "r1", "r2"], False: ["w0", "w1"]}
+    row = {"ground_truth": "#### 1"} | {
+        text: solution(text, is_right) for is_right, of in texts.items() for text in of}
+    drawn = set()
+    for question in map(str, range(20)):
+        first, second, *_ = hashlib.sha256(question.encode()).digest()
+        pair = data.to_pair(row | {"question": question})
+        assert (pair.chosen, pair.rejected) == (f"r{first % 3}", f"w{second % 2}")
+        drawn |= {pair.chosen, pair.rejected}
+    assert len(drawn) == 5
+    for is_right in (True, False):
+        with pytest.raises(ValueError, match="no right and wrong solution"):
+            data.to_pair({"question": "q", "ground_truth": "1", "a": solution("a", is_right)})
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"chosen": "note\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+     "no question beside the answer"),
+    ({"context": [data.user("q")], "response1": "a", "response2": "b", "overall_preference": 0},
+     "neither response is preferred"),
+    ({"prompt": "q", "chosen": "a ", "rejected": "a"}, "chosen equals rejected"),
+    ({"prompt": "q", "chosen": [data.user("a")], "rejected": [data.user("b")]},
+     "an answer is missing")])
+def test_refused_preferences(row, reason):
+    with pytest.raises(ValueError, match=reason):
+        data.to_pair(row)
+
+
+@pytest.mark.parametrize("lengths", [[], [9, 4], [0, 4]])
+def test_pack_names_the_lengths_it_takes(lengths):
+    with pytest.raises(ValueError, match=r"pack: needs lengths in 1\.\.8"):
+        data.pack(lengths, 8)
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("so 2\n#### 2 ", "2"), ("a #### b #### c", "c"), (" 7", "7")])
+def test_the_final_answer(text, answer):
+    assert data.final_answer(text) == answer
