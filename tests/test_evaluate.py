@@ -446,7 +446,7 @@ def test_a_judge_that_fails_is_unparsed_never_scored(tmp_path, reply, failed):
     flags, mine, theirs = arena_files(tmp_path)
     server = Server(lambda request: reply if "<question 3>" in request["messages"][1]["content"]
                     else longer_wins(request))
-    result = run(flags, server, "--timeout", "1")
+    result = run(flags, server, "--timeout", "1" if reply is None else "60")
     score, battles = arena_by_hand(mine[:3] + mine[4:], theirs[:3] + theirs[4:])
     assert (result["unparsed"], result["failed"], result["battles"]) == (2, failed, battles)
     assert result["score"] == pytest.approx(score)
