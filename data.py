@@ -1426,7 +1426,7 @@ def stats(args):
         rows = len(pack(lengths, args.max_length, args.packing).offsets) - 1
         result = result | {"rows": rows, "fill": result["tokens"] / (rows * args.max_length)}
         print(f"{args.packing}: {rows:,} rows of {args.max_length}, {result['fill']:.2%} full")
-    figure(Path(args.output) / "stats.png", panels)
+    figure(output_file(args, "stats.png"), panels)
     write_report(args, prepared.stats)
     return result
 
@@ -1588,13 +1588,20 @@ def read_rows(args) -> pandas.DataFrame:
 
 def write_rows(args, rows, marks, **report):
     """rows.jsonl: the rows' lines with the columns `marks`. report.json: what is returned."""
-    out = Path(args.output)
     marks = without_nan(rows[marks]).to_dict("records")
-    write_lines(out / "rows.jsonl", (json.dumps(json.loads(line) | mark)
-                                     for line, mark in zip(rows.line, marks)))
+    lines = (json.dumps(json.loads(line) | mark) for line, mark in zip(rows.line, marks))
+    write_lines(output_file(args, "rows.jsonl"), lines)
     report |= {"rows": len(rows), "output": args.output}
     write_report(args, report)
     return report
+
+
+def output_file(args, name):
+    """--output/NAME. Before the first file a report of flags alone says whose it is, so that a
+    killed command can start again."""
+    if not (Path(args.output) / "report.json").exists():
+        write_report(args, {})
+    return Path(args.output) / name
 
 
 def write_report(args, report):
@@ -1668,7 +1675,7 @@ def dedup(args):
     kind = np.select([kept == rows.index, first != rows.index], ["kept", "exact"], "near")
     dropped = pandas.DataFrame({"row": rows["where"], "kept": rows["where"].to_numpy()[kept],
                                 "kind": kind, "jaccard": likeness[text_of]})[kind != "kept"]
-    write_lines(Path(args.output) / "duplicates.jsonl", map(json.dumps, dropped.to_dict("records")))
+    write_lines(output_file(args, "duplicates.jsonl"), map(json.dumps, dropped.to_dict("records")))
     counts = pandas.crosstab(rows.source, kind, margins=True, margins_name="total")
     counts = counts.reindex(columns=["kept", "exact", "near"], fill_value=0)
     print(counts.to_markdown(intfmt=","))
@@ -1731,7 +1738,7 @@ def decontaminate(args):
     rows["benchmark"] = rows.shared.map(benchmark)
     hits, n = rows[rows.shared.notna()], len(rows)
     report = hits[["where", "benchmark", "shared"]]
-    write_lines(Path(args.output) / "hits.jsonl", map(json.dumps, report.to_dict("records")))
+    write_lines(output_file(args, "hits.jsonl"), map(json.dumps, report.to_dict("records")))
     long = int(hits.shared.map(is_long).sum())
     print(f"{table(report[:5])}\n{long:,} of {n:,} rows share {BENCHMARK_GRAM} consecutive words "
           f"with a prompt; a user turn of {len(hits) - long:,} equals a shorter one")
@@ -1927,7 +1934,7 @@ def select(args):
     panels = [{"xlabel": name, "series": {"before": rows[name], f"after {method}": selected[name]}}
               for name in ("gap", "score_chosen", "selection_score") if rows[name].notna().any()]
     if panels:
-        figure(Path(args.output) / "select.png", panels)
+        figure(output_file(args, "select.png"), panels)
     unrated = f", {score.isna().sum():,} rows without a score" * (method != "random")
     print(f"{len(selected):,} of {len(rows):,} rows selected (--budget {args.budget:,}); "
           f"{duplicates:,} duplicates{unrated}")
@@ -1972,7 +1979,7 @@ def annotate(args):
     rows[[*SCORES]] = np.where(known, ratings, predicted)
     rows[["reward_chosen", "reward_rejected"]] = rewards
     rows[["annotated_chosen", "annotated_rejected"]] = annotated
-    figure(Path(args.output) / "annotate.png", [{
+    figure(output_file(args, "annotate.png"), [{
         "xlabel": "known rating", "ylabel": "predicted rating", "series": {
             "answers": (ratings[known], predicted[known], "."), "equal": ([1, 10], [1, 10], "-")}}])
     both_scored = rewards[~np.isnan(rewards).any(1)].T

@@ -626,3 +626,17 @@ def test_the_first_source_outlives_a_step(run, source, tmp_path):
     sources = json.loads((tmp_path / "out/report.json").read_text())["sources"]
     assert {name: of["examples"] for name, of in sources.items()} == {a: 2, b: 1}
     assert sources[a]["reasons"] == {"empty conversation": [1, f"{a}:7"]}
+
+
+def test_a_command_killed_between_its_files_starts_again(run, source, monkeypatch):
+    """A picture without a report would count as somebody's file."""
+    rated = source([pair(f"q{i}", "a", "b", (5, i % 4 + 1)) for i in range(8)])
+
+    def killed(*args, **report):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(data, "write_rows", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("select --pairs --method argilla --budget 2 --data", rated)
+    report, rows = run("select --pairs --method argilla --budget 2 --data", rated)
+    assert report["rows"] == len(rows) == 2
