@@ -794,7 +794,12 @@ def reward_judge(args, name):
     scorer = data.Scorer(name, "reward")
 
     def score(row, text):
-        return scorer(data.render_judged(scorer.tokenizer, row["prompt"] + [data.assistant(text)]))
+        messages = row["prompt"] + [data.assistant(text)]
+        value = scorer(data.render_judged(scorer.tokenizer, messages))
+        if value is None:
+            raise ValueError(f"a conversation is beyond its context of {scorer.limit} tokens; use "
+                             "another one, or lower --max-new-tokens, in another --output")
+        return value
     return lambda rows: [[score(row, a["text"]) for a in row["answers"]] for row in rows]
 
 

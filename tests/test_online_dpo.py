@@ -460,7 +460,7 @@ def test_reward_model_as_judge(policy, tmp_path, pad):
     tokenizer.pad_token = pad
     model = AutoModelForSequenceClassification.from_config(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_labels=1)).eval()
+        num_attention_heads=4, num_labels=1, max_position_embeddings=100)).eval()
     model.config.pad_token_id = tokenizer.pad_token_id
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "rm")
@@ -477,6 +477,8 @@ def test_reward_model_as_judge(policy, tmp_path, pad):
             assert score == pytest.approx(expected, abs=1e-5)
             text = data.render(tokenizer, messages)
             assert data.Scorer(str(tmp_path / "rm"), "reward")(text) == score
+    with pytest.raises(ValueError, match="beyond its context of 100 tokens.*--max-new-tokens"):
+        judge([prompt_row("a" * 100, "b")])
 
 
 @pytest.mark.parametrize("body, problem", [
