@@ -232,7 +232,7 @@ def train_on_pairs(args):
                     max_prompt_length=args.max_prompt_length, min_gap=args.min_gap)
     train_set, data_key = prepare_rows(args.data, max_examples=args.max_pairs, **settings)
     held_set, held_key = prepare_rows(args.eval_data, **settings)
-    data_key += held_key or ""
+    data_key += held_key
     hashes = {name: data.weights_hash(name) for name in {args.model, ref_name}}
     models = data.hash_of(hashes[args.model], hashes[ref_name])
     if stored := check_resume(args, world, data_key + models):

@@ -200,7 +200,7 @@ def train_on_rows(args):
     settings = dict(args=args, tokenizer=tokenizer, template=template, loss_on=args.loss_on)
     train_set, data_key = prepare_rows(args.data, max_examples=args.max_examples, **settings)
     held_set, held_key = prepare_rows(args.eval_data, **settings)
-    data_key += held_key or ""
+    data_key += held_key
     if args.model != "demo":
         data_key += data.weights_hash(args.model)
     if stored := check_resume(args, world, data_key):
@@ -220,8 +220,7 @@ def train_on_rows(args):
     new_ids = tokenizer.convert_tokens_to_ids(list(template.new_tokens))
     model = load_model(args, tokenizer, new_ids)
     if args.train_embeddings == "new" and not args.lora_rank:
-        for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
-            train_rows_only(table, [*new_ids, template.end_of_turn_id])
+        train_rows_only(model, [*new_ids, template.end_of_turn_id])
     engine = make_engine(args, LogProbs(model))
     run = Run(args, engine, "sft", steps, data=data_key, rows=len(train))
     log(f"an untrained model starts near ln V = {math.log(len(tokenizer)):.3f} nats per target")
@@ -262,14 +261,15 @@ def train_on_rows(args):
     return run.finish(result | {"seconds": time.time() - started})
 
 
-def train_rows_only(weight, ids):
-    """Zero the gradient of every other row of an embedding table."""
-    weight.requires_grad_(True)
+def train_rows_only(model, ids):
+    """Zero the gradient of every other row of the embeddings and the head."""
     def keep(grad):
         kept = torch.zeros_like(grad)
         kept[ids] = grad[ids]
         return kept
-    weight.register_hook(keep)
+    for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+        table.requires_grad_(True)                          # LoRA has frozen it
+        table.register_hook(keep)
 
 
 # ================================================================ shared by all stages: the flags
@@ -480,10 +480,10 @@ def check_machines(args, world):
 
 
 def prepare_rows(sources, args, **settings):
-    """data.prepare under a stage's flags: (dataset, its key), or None, None without sources. Rank 0
+    """data.prepare under a stage's flags: (dataset, its key), or None, "" without sources. Rank 0
     fills the cache, then the others read it."""
     if not sources:
-        return None, None
+        return None, ""
     for is_turn_of_rank_0 in (True, False):
         if is_turn_of_rank_0 == (dist.get_rank() == 0):
             prepared = data.prepare(
@@ -545,8 +545,7 @@ def add_lora(args, model, new_ids):
             raise ValueError("--lora-rank: the rows of new tokens train as well; an adapter cannot "
                              "hold them, weight decay would change all rows: leave out "
                              "--keep-adapter and --weight-decay")
-        for table in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
-            train_rows_only(table, new_ids)
+        train_rows_only(model, new_ids)
 
 
 def from_pretrained(args, tokenizer):

@@ -3,11 +3,9 @@ input, and equality with TRL's DPOTrainer where trl is installed."""
 import copy
 import json
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
-import numpy as np
 import pytest
 import torch
 
@@ -18,8 +16,8 @@ import sft
 from test_data import bpe_tokenizer
 from test_kernels import FAMILIES, alone, answers_to, assert_close, assert_same, build, random_ids
 from test_kernels import varlen_copy
-from test_sft import (ROOT, SMALL, assert_only_rounding_differs, assert_resume_is_exact, metrics,
-                      run_copied_out, unread_flags, weights)
+from test_sft import (SMALL, assert_only_rounding_differs, assert_resume_is_exact, metrics,
+                      run_copied_out, unread_flags)
 
 LN2 = math.log(2)
 PAIRS = ["--data", "demo-pairs:test", "--eval-data", "demo-pairs:test=0.05", "--max-length", "128",
