@@ -1670,7 +1670,7 @@ def dedup(args):
     unique, text_of = np.unique(first, return_inverse=True)     # row i has the text of a unique row
     near, likeness = np.arange(len(unique)), np.ones(len(unique))
     if args.near:
-        near, likeness = near_duplicates(rows.line[unique].tolist())
+        near, likeness = near_duplicates(rows.line[unique].array)
     kept = unique[near][text_of]                            # the row that is kept for row i
     kind = np.select([kept == rows.index, first != rows.index], ["kept", "exact"], "near")
     dropped = pandas.DataFrame({"row": rows["where"], "kept": rows["where"].to_numpy()[kept],
