@@ -37,9 +37,10 @@ def raised(args, model, held, folder):
 
 def main(argv=None):
     args = arguments(__doc__, argv)
-    budget, methods = BUDGET, METHODS
+    budget, methods, held_out = BUDGET, METHODS, {}
     if args.quick:
         args.model, budget, methods = demo_sft(args), 4, ("random", "a2", "deita")
+        held_out = dict(eval_data="demo-pairs:test=0.02")
     folder, candidates = args.work / "selection", rated_pairs(args)
     candidates = write_rows(folder / "candidates.jsonl", candidates)
     one_a_prompt = {str(row["prompt"]): row for row in judged_pairs(args, "test", 800)}
@@ -58,7 +59,7 @@ def main(argv=None):
                        output=selected, **scorers)
             stage(args, "dpo", model=args.model, data=selected / "rows.jsonl", seed=seed,
                   batch_size=8, lr=1e-5, beta=0.1, max_length=512, max_prompt_length=256,
-                  eval_data=held, micro_tokens=1024, num_proc=1, output=output)
+                  micro_tokens=1024, num_proc=1, output=output, **held_out)
             scores.setdefault(f"{method} {n}", []).append(
                 raised(args, output, held, folder / "margins" / output.name))
     scores = {arm: np.array(of) for arm, of in scores.items()}                  # (seeds, pairs)
