@@ -133,9 +133,9 @@ def loading(name, hint=""):
                          ) from error
 
 
-def check_split(split, splits):
-    if split not in splits:
-        raise ValueError(f"the splits are {', '.join(splits)}")
+def check_split(source, splits):
+    if source.split not in splits:
+        raise ValueError(f"{source.name}:{source.split}: the splits are {', '.join(splits)}")
 
 
 def load_source(source, folder):
@@ -146,17 +146,17 @@ def load_source(source, folder):
     ending = re.search(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.gz)?$", name)
     with loading(f"--data {name}", SOURCES):
         if name in DEMO_ROWS:
-            check_split(split, DEMO_ROWS[name])
+            check_split(source, DEMO_ROWS[name])
             return json_dataset(demo_rows(name, split)), name
         if os.path.isdir(name):
             splits = datasets.load_from_disk(name)
             if isinstance(splits, datasets.Dataset):
                 splits = {"train": splits}
-            check_split(split, splits)
+            check_split(source, splits)
             files = sorted(path for path in Path(name).rglob("*") if path.is_file())
             return splits[split], [file_hash(path) for path in files]
         if ending or os.path.isfile(name):
-            check_split(split, ["train"])
+            check_split(source, ["train"])
             content = file_hash(name)
             return load_file(name, ending, str(folder / "files" / content)), content
         *config, split = split.split(":")
@@ -715,8 +715,8 @@ def render_judged(tokenizer, messages):
                               for m in messages])
 
 
-def token_ids(tokenizer, text: str) -> list[int]:
-    """Ids of a rendered text. Its template alone writes the BOS."""
+def token_ids(tokenizer, text) -> list:
+    """Ids of a rendered text, or of each of several. Their template alone writes the BOS."""
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -818,19 +818,18 @@ def encode(conversation: Conversation, tokenizer, template: Template, *,
         loses_text = loses_text or at < len(content)
     if loses_text:
         raise ValueError("the chat template drops or rewrites a turn")
-    ids = token_ids(tokenizer, text)
+    trained = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if conversation.last_only or loss_on == "last":
+        trained = trained[-1:]
+    prompts = [render(tokenizer, messages[:i], sample=True) for i in trained]   # sampling sees them
+    ids, *ids_of_prompts = token_ids(tokenizer, [text, *prompts])
     targets = [loss_on == "all"] * len(ids)
-    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    for i in answers:
-        if (conversation.last_only or loss_on == "last") and i != answers[-1]:
-            continue
-        prompt = render(tokenizer, messages[:i], sample=True)   # what sampling would see
+    for i, prompt, before in zip(trained, prompts, ids_of_prompts):
         after = text[len(prompt):].lstrip()
         ended = after[len(contents[i]):].lstrip().startswith(template.end_of_turn)
         if not (text.startswith(prompt) and after.startswith(contents[i]) and ended):
             raise ValueError("the chat template writes another text before an answer in training "
                              "than in sampling")
-        before = token_ids(tokenizer, prompt)
         if ids[:len(before)] != before:
             raise ValueError("the answer's first token merges with the prompt")
         end = ids.index(template.end_of_turn_id, len(before)) + 1
