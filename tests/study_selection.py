@@ -13,13 +13,13 @@ from studies import (arguments, data, demo_sft, difference, error_bars, evaluati
                      interval, json, judged_pairs, mean_interval, run_main, stage, verdict,
                      write_rows)
 
-METHODS, BUDGET, TIMES, HELD = (
-    "random", "longest", "alpagasus", "argilla", "a2", "deita"), 96, 8, 150
+METHODS = ("random", "longest", "alpagasus", "argilla", "a2", "deita")
+CANDIDATES, BUDGET, TIMES, HELD = 500, 48, 8, 150
 
 
 def rated_pairs(args):
-    """All candidates. --quick: the demo's pairs with drawn ratings."""
-    rows = judged_pairs(args, "train", 800)
+    """The first CANDIDATES. --quick: the demo's pairs with drawn ratings."""
+    rows = judged_pairs(args, "train", 800)[:CANDIDATES]
     if args.quick:
         for i, row in enumerate(rows):
             row |= {"score_chosen": 6 + data.draw(f"w{i}", 5), "score_rejected":
