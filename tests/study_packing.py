@@ -20,7 +20,7 @@ from studies import (arguments, data, difference, error_bars, finish, interval, 
 
 ARMS = {"packing, mask": ("bfd", "assistant"), "packing, no mask": ("bfd", "all"),
         "padding, mask": ("none", "assistant"), "padding, no mask": ("none", "all")}
-SIZES, HELD = (100, 400), 100
+SIZES, HELD = (150, 600), 100
 PLAIN = ("{% for m in messages %}{{ {'user': 'Question', 'assistant': 'Answer', 'system': 'Note'}"
          "[m['role']] + ': ' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
          "{% if add_generation_prompt %}{{ 'Answer: ' }}{% endif %}")
