@@ -1820,6 +1820,9 @@ class Scorer:
             auto = transformers.AutoModelForSequenceClassification
             write_bos(self.tokenizer)
         self.model = load_weights(auto, name, **trust)
+        head = getattr(self.model, "score", None)           # bf16 rewards would often tie
+        if head is not None:
+            head.float().register_forward_pre_hook(lambda _, inputs: inputs[0].float())
         self.digits = self.tokenizer.convert_tokens_to_ids(list("123456"))
         known = {*self.digits} - {None, self.tokenizer.unk_token_id}
         outputs = self.model.config.num_labels

@@ -52,11 +52,11 @@ PRESETS = {  # the paper's table as argparse defaults
                  output="runs/dpo"),
     "gemma-2b": dict(model="runs/gemma-2b-sft", data=["lion-dpo-gemma"], epochs=2, batch_size=128,
                      max_length=2048, max_prompt_length=512, lr=5e-7, beta=0.05, zero=3,
-                     gradient_checkpointing=True, output="runs/gemma-2b-dpo"),
+                     empty_system=0.8, gradient_checkpointing=True, output="runs/gemma-2b-dpo"),
     "llama-3-8b": dict(model="runs/llama-3-8b-sft", data=["lion-dpo-llama"], epochs=1,
                        batch_size=128, max_length=2048, max_prompt_length=1024, lr=5e-7,
-                       schedule="cosine", beta=0.01, zero=3, gradient_checkpointing=True, seed=27,
-                       output="runs/llama-3-8b-dpo")}
+                       schedule="cosine", beta=0.01, zero=3, empty_system=0.8, seed=27,
+                       gradient_checkpointing=True, output="runs/llama-3-8b-dpo")}
 CURVES = {"loss": "loss (ln 2 if policy = reference)", "margin": "reward margin r_w - r_l",
           "accuracy": "share of pairs with r_w > r_l", "ratio_w": "log pi/pi_ref of chosen (nats)",
           "ratio_l": "log pi/pi_ref of rejected (nats)", "grad_norm": "gradient norm"}
@@ -214,8 +214,8 @@ def main(argv=None):
         return published(args, train_on_pairs(args))
 
 
-def train_on_pairs(args):
-    """A whole DPO run; the result that main prints."""
+def train_on_pairs(args, stage="dpo"):
+    """A whole DPO run; the result that main prints. `stage` is its name in run.json."""
     if not args.beta > 0:
         raise ValueError(f"--beta {args.beta}: must be above 0; at 0 every reward is 0")
     if not 0 <= args.label_smoothing < 0.5 or (args.label_smoothing and args.loss == "ipo"):
@@ -247,7 +247,7 @@ def train_on_pairs(args):
 
     new_ids = tokenizer.convert_tokens_to_ids(list(template.new_tokens))
     engine = make_engine(args, LogProbs(load_model(args, tokenizer, new_ids)))
-    run = Run(args, engine, "dpo", steps, CURVES, data=data_key + models, pairs=len(train),
+    run = Run(args, engine, stage, steps, CURVES, data=data_key + models, pairs=len(train),
               ref=ref_name)
     for step in range(run.first, steps):
         # - the step: every rank takes its micro-batches of the same global pairs -----------------

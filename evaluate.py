@@ -343,7 +343,10 @@ def candidate_answers(args, questions, temperature, clean=str):
     """--answers, or the model's own, turn after turn: id -> texts, and what a result says of them.
     temperature: question -> its own. clean: of a sampled text, before the next turn."""
     sampled = []
-    talks = {q.id: [] for q in questions}
+    opening = []
+    if args.system is not None:
+        opening = [{"role": "system", "content": args.system}]
+    talks = {q.id: [*opening] for q in questions}
     if args.answers:
         answers = read_answers(args.answers, "--answers", questions)
         n_turns = 0
@@ -693,7 +696,10 @@ def openllm(args, folder):
     print(table(shown.reset_index(names="task")), file=sys.stderr)
     return finish(args, folder, {
         "benchmark": "openllm" if args.tasks else "openllm-v1", "model": args.model, "tasks": tasks,
-        "score": win_rate([of["score"] for of in tasks.values()]), "lm_eval": lm_eval.__version__})
+        "score": win_rate([of["score"] for of in tasks.values()]),
+        "score_by_question": win_rate([of.get("by_question", of["score"])
+                                       for of in tasks.values()]),
+        "lm_eval": lm_eval.__version__})
 
 
 # -------------------------------------------------------------------------- models against models
@@ -776,7 +782,8 @@ def agreement(orders, gap, longer, prompts, bins=5):
         parts[f"score difference {part.gap.min():.2f} to {part.gap.max():.2f}"] = part
     rows = [{"pairs": name, "n": len(part), "difference": part.gap.mean()}
             | scored(part.score, groups=part.prompt) for name, part in parts.items()]
-    figures = {"consistent over both orders": (first[:, 0] == -first[:, 1]).mean(),
+    both = first[~np.isnan(orders).any(1)]                  # two verdicts
+    figures = {"consistent over both orders": (both[:, 0] == -both[:, 1]).mean(),
                "prefers the first": (1 + first).mean() / 2,
                "prefers the longer": (1 + favours * longer).mean() / 2,
                "stored verdicts prefer the longer": (1 + longer).mean() / 2}
@@ -1125,7 +1132,7 @@ def report(args, folder):
     of = pandas.DataFrame(of)
     scores = of.map(operator.itemgetter("score")).astype(float)
     tuned = [r["stage"] != "sft" for r in runs]             # SFT's loss is of another kind
-    correlation = scores[tuned].rank().corr(min_periods=3).loc[figures, names]
+    correlation = scores[tuned].corr("spearman", min_periods=3).loc[figures, names]
     about = pandas.DataFrame(runs, columns=["name", "stage", "size"], dtype=object)
     overview = pandas.concat([about, of.map(interval), flags_that_differ(runs)], axis=1).map(cell)
     if len(overview.columns) > len(overview):               # the longer side runs down
@@ -1178,6 +1185,7 @@ def benchmark_flags(add, questions, max_new_tokens, temperature=None):
     add("--questions", default=questions,
         help="FILE or hf:OWNER/NAME/PATH; None: those of --version")
     answer_flags(add, max_new_tokens, temperature)
+    add("--system", help="system turn of every conversation, may be empty; None: no such turn")
     add("--judge-url", help="the judge's http://HOST:PORT/v1; the key is in OPENAI_API_KEY")
 
 
@@ -1248,7 +1256,7 @@ def add_benchmarks(command):
 
 
 def add_comparisons(command):
-    sampled = dict(dry_run=False, empty_system=0.0, bad_rows="refuse")
+    sampled = dict(dry_run=False, bad_rows="refuse")
     add = command(judge, "+", **sampled)
     add("--data", nargs="+", default=["demo:test"], help="prompts, as for --data of the stages")
     answer_flags(add, 2048)

@@ -256,7 +256,8 @@ def use_varlen(model, max_length: int | None = None) -> None:
     """Route the attention of a transformers causal LM through `varlen_attention`.
 
     max_length: longest sequence in tokens. ValueError names the model's class if packed documents
-    could reach each other past their segments, or if its head does more than token_logps."""
+    could reach each other past their segments, or if its head does more than token_logps. The model
+    must be on its device."""
     config, problems = model.config.get_text_config(), []
     if not (getattr(model, "_supports_attention_backend", False) and model._supports_flash_attn):
         problems.append("its attention does not use transformers' AttentionInterface")
@@ -281,16 +282,32 @@ def use_varlen(model, max_length: int | None = None) -> None:
     head = model.get_output_embeddings()
     if head is None or not hasattr(head, "weight"):
         problems.append("it has no output embedding to score targets with")
-    for attribute in ("lm_head_multiplier", "mup_scale", "output_multiplier_scale"):
-        if getattr(config, attribute, None) not in (None, 1.0):
-            problems.append(f"its head applies {attribute}")
     if problems:
         raise ValueError(f"{type(model).__name__} cannot be trained on packed documents: "
                          f"{'; '.join(problems)}")
     from transformers import AttentionInterface, AttentionMaskInterface
     AttentionInterface.register("varlen", varlen_attention)
     AttentionMaskInterface.register("varlen", no_mask)
+    check_logps(model, config.vocab_size)
+
+
+@torch.no_grad()
+def check_logps(model, vocab):
+    """Switch a model to varlen attention. ValueError if 15 log-probs then differ from those of its
+    own forward, as they do where a layer stands between the last hidden state and the head."""
+    ids = [i % vocab for i in range(16)]
+    b = layout([Group([], [ids], [[False] + [True] * 15])]).to(model.device)
+    was_training = model.training
+    model.eval()
+    logits = model(b.input_ids, use_cache=False).logits[0, :, :vocab].float()    # (16, V)
     model.set_attn_implementation("varlen")
+    off = LogProbs(model)(b) - logits.log_softmax(-1)[b.source, b.target]
+    off = off.abs().mean().item()
+    model.train(was_training)
+    allowed = 0.2 if model.dtype.itemsize == 2 else 1e-3    # of 16-bit weights the logits are, too
+    if off > allowed:
+        raise ValueError(f"{type(model).__name__} cannot be trained: log-probs would be {off:.3g} "
+                         "nats off, its head is more than the output embedding")
 
 
 def no_mask(*args, **kwargs):

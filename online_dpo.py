@@ -63,7 +63,8 @@ from sft import (MAY_CHANGE, all_sum, check_machines, check_resume, delete_run, 
                  torch_dtype)
 
 ULTRAFEEDBACK = dict(data=["HuggingFaceH4/ultrafeedback_binarized:train_prefs"], epochs=1, lr=5e-7,
-                     max_length=2048, max_prompt_length=512, gradient_checkpointing=True)
+                     max_length=2048, max_prompt_length=512, empty_system=0.8,
+                     gradient_checkpointing=True)
 PRESETS = {  # the paper's table as argparse defaults
     "demo": dict(model="runs/dpo", data=["demo:train=0.2"], eval_data=["demo-pairs:test"],
                  batch_size=32, max_length=512, max_prompt_length=256, lr=2e-5, beta=1.0,
@@ -932,9 +933,11 @@ def load_judge(args):
 # ---------------------------------------------------------------------------------- one iteration
 def read_prompts(args, tokenizer, template):
     """Distinct prompts of --data that leave room for an answer, {"key", "prompt", "answer",
-    "source"}, and a hash of the data. The prompt is what precedes a row's last assistant turn."""
+    "source"}, and a hash of the data. The prompt is what precedes a row's last assistant turn,
+    without the empty system turns of training."""
     from transformers import AutoConfig
-    dataset, key = prepare_rows(args.data, args=args, tokenizer=tokenizer, template=template)
+    dataset, key = prepare_rows(args.data, args=dpo.copy_of(args, empty_system=0.0),
+                                tokenizer=tokenizer, template=template)
     config = AutoConfig.from_pretrained(args.model).get_text_config()
     room = getattr(config, "max_position_embeddings", None) or sys.maxsize
     room -= args.max_new_tokens
@@ -1061,8 +1064,8 @@ def iterate(args, iteration, policy, all_rows, tokenizer, template):
     sources = [str(folder / "pairs.jsonl"), *args.mix]
     first = args.model if args.reference == "first" else None
     trained = dpo.train_on_pairs(dpo.copy_of(
-        args, model=policy, ref=first, data=sources, output=str(folder), empty_system=0.0,
-        min_gap=None, overwrite=False, **dict.fromkeys(NOT_OF_TRAINING)))
+        args, model=policy, ref=first, data=sources, output=str(folder), min_gap=None,
+        overwrite=False, **dict.fromkeys(NOT_OF_TRAINING)), "online-dpo iteration")
     if trained.get("stopped"):
         return trained
     clock.append(time.time())

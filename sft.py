@@ -18,7 +18,7 @@ Writes  --output: an ordinary Hugging Face folder, run.json, metrics.jsonl, curv
 
 Differs from the paper
  1. --loss-norm token is the default, as in the release, but over the step, not the micro-batch.
- 2. All embeddings train. The release trains only special rows (--train-embeddings new).
+ 2. All embeddings train. The release trains only special rows (--train-embeddings special).
  3. A document cut by --packing concat continues as a segment of its own; one token is repeated.
 
 Step 0 of a random model costs about ln V nats per target. The demo ends near 0.39, held out.
@@ -179,14 +179,16 @@ def parser() -> argparse.ArgumentParser:
     add("--loss-on", choices=["assistant", "last", "all"], default="assistant",
         help="which tokens are targets: of all answers, of the last one, or all tokens")
     add("--loss-norm", choices=["token", "sequence"], default="token", help="weight 1 or 1/|y|")
-    add("--train-embeddings", choices=["all", "new"], default="all", help="new: special rows only")
+    add("--train-embeddings", choices=["all", "special"], default="all",
+        help="all rows, or those of special tokens")
     return p
 
 
 def main(argv=None):
     args = parse(argv, parser(), PRESETS)
-    if args.train_embeddings == "new" and args.weight_decay:
-        raise ValueError("--weight-decay: changes rows that --train-embeddings new freezes; use 0")
+    if args.train_embeddings == "special" and args.weight_decay:
+        raise ValueError("--weight-decay: changes rows that --train-embeddings special freezes; "
+                         "use 0")
     with own_folder(args):
         return published(args, train_on_rows(args))
 
@@ -219,8 +221,8 @@ def train_on_rows(args):
 
     new_ids = tokenizer.convert_tokens_to_ids(list(template.new_tokens))
     model = load_model(args, tokenizer, new_ids)
-    if args.train_embeddings == "new" and not args.lora_rank:
-        train_rows_only(model, [*new_ids, template.end_of_turn_id])
+    if args.train_embeddings == "special" and not args.lora_rank:
+        train_rows_only(model, tokenizer.convert_tokens_to_ids(template.specials))
     engine = make_engine(args, LogProbs(model))
     run = Run(args, engine, "sft", steps, data=data_key, rows=len(train))
     log(f"an untrained model starts near ln V = {math.log(len(tokenizer)):.3f} nats per target")
@@ -540,6 +542,10 @@ def add_lora(args, model, new_ids):
     config = peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha or 2 * args.lora_rank,
                              target_modules=targets[0] if targets == ["all-linear"] else targets)
     peft.inject_adapter_in_model(config, model)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if hasattr(table, "base_layer"):
+            raise ValueError(f"--lora-targets {' '.join(targets)}: names the embeddings or the "
+                             "head; only layers between them are adapted")
     if new_ids:
         if args.keep_adapter or args.weight_decay:
             raise ValueError("--lora-rank: the rows of new tokens train as well; an adapter cannot "
@@ -637,17 +643,23 @@ def numel(p):
     return getattr(p, "ds_numel", p.numel())
 
 
+def first_set(config, *names):
+    """The first of a config's values that is there and not None."""
+    return next(filter(None, [getattr(config, name, None) for name in names]), None)
+
+
 def useful_flops(model, tokens, targets, attended):
     """FLOPs of forward and backward that the result needs: 6 per weight and token in the body, 6
     per weight of the head and target, 12 per layer, head width and (query, key) pair. A frozen
     weight has no gradient of its own and needs 4. Of a mixture's experts only the chosen count."""
     config, head = model.config.get_text_config(), model.get_output_embeddings().weight
     tables = {*model.get_input_embeddings().parameters(), head}
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", 1)
-    chosen = getattr(config, "num_experts_per_tok", experts) / experts
+    experts = first_set(config, "num_local_experts", "num_experts") or 1
+    chosen = first_set(config, "num_experts_per_tok", "top_k_experts", "moe_topk") or experts
 
     def per_token(name, p):
-        return numel(p) * (4 + 2 * p.requires_grad) * (chosen if ".experts." in name else 1)
+        share = chosen / experts if ".experts." in name else 1
+        return numel(p) * (4 + 2 * p.requires_grad) * share
     body = sum(per_token(*named) for named in model.named_parameters() if named[1] not in tables)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim

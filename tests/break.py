@@ -1284,6 +1284,10 @@ def chain(lab, name, number, ranks, draw):
         alive = [process for process in run.processes if process.exitcode is None]
         for process in alive:
             os.kill(process.pid, number)
+        if now == "start" and number == signal.SIGINT:      # one may wait for the other in torch's
+            time.sleep(5)                                   # rendezvous; a launcher ends it
+            for process in run.processes:
+                process.terminate()
         ended = 0 not in run.wait(120) or number == signal.SIGTERM
         counts[now] += len(alive) == ranks and ended
         assert now == "start" or "Traceback" not in run.text(), run.text()[-800:]

@@ -131,7 +131,7 @@ def test_agreement_by_hand():
                     ("score difference 2.00 to 2.00", 1, 100),
                     ("score difference 3.00 to 3.00", 1, 100)]
     assert result["percent"] == {
-        "consistent over both orders": 50,                  # the first and the third
+        "consistent over both orders": pytest.approx(200 / 3),      # of the three with two verdicts
         "prefers the first": 100 * 4.5 / 8,                 # wins 1, 3, 5 and no verdict: 1+2+1+0.5
         "prefers the longer": 100 * 3.5 / 4, "stored verdicts prefer the longer": 50}
     assert (result["unparsed"], result["pairs"]) == (1, 4)
@@ -701,18 +701,19 @@ def test_mt_bench_samples_two_turns(tmp_path, monkeypatch):
     monkeypatch.setenv("SERVER_API_KEY", "sk-policy")
     model = Server(slow(echo))
     judge = Server(slow(lambda request: "[[5]]"))
-    flags = [*mt_files(tmp_path, 30), "me", "--base-url", model.url]
+    flags = [*mt_files(tmp_path, 30), "me", "--base-url", model.url, "--system", ""]
     result = run_with_kills(flags, judge, tmp_path / "out", [11, 30], 60)
     assert result["score"] == 5
     assert len(model.requests) == 60
     for request in model.requests:
-        contents = [m["content"] for m in request["messages"]]
+        assert request["messages"][0] == {"role": "system", "content": ""}
+        contents = [m["content"] for m in request["messages"][1:]]
         i = int(contents[0].split()[1])
         assert request["temperature"] == [0.7, 0, 0.1][i % 3]
         assert request["max_tokens"] == 1024
-        second_turn = [f"first {i}", f"echo first {i} after 1", f"second {i}"]
+        second_turn = [f"first {i}", f"echo first {i} after 2", f"second {i}"]
         assert contents == second_turn[:len(contents)]
-    assert any("] echo second 1 after 3" in question_of(request) for request in judge.requests)
+    assert any("] echo second 1 after 4" in question_of(request) for request in judge.requests)
     assert model.keys == {"Bearer sk-policy"}
     assert judge.keys == {"Bearer sk-judge"}
     assert not any(b"sk-" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
@@ -949,7 +950,8 @@ def test_curve_by_hand(tmp_path):
 
 
 def test_report_page(tmp_path):
-    """Held-out losses 0, 0.1, 0.2 beside exact match 75, 50, 25: correlation -1."""
+    """Held-out losses 0, 0.1, 0.2 beside exact match 75, 50, 25: correlation -1. Runs without one
+    of the two do not count: arena's 1, 2, 0.5 beside the margins 1, 2, 5 of 1 to 5 rank -0.5."""
     folders = [hand_run(tmp_path / f"r{i}", lr=i, eval_loss=0.1 * i, pairs=9) for i in range(3)]
     for i, folder in enumerate(folders):
         sample = {"prompt": [data.user("p0")], "reference": "r", "answer": f"a | {i}",
@@ -957,6 +959,11 @@ def test_report_page(tmp_path):
         add_evaluation(folder, "exact-match", [sample], score=75 - 25 * i, low=5, high=95)
     result = evaluate.main(["report", *folders, "--output", str(tmp_path / "out")])
     assert result["rank_correlation"]["eval_loss"]["exact-match"] == -1
+    others = [hand_run(tmp_path / f"m{i}", eval_margin=float(i), pairs=9) for i in range(1, 6)]
+    for i, score in ((0, 1), (1, 2), (4, 0.5)):
+        add_evaluation(others[i], "arena", score=score)
+    table = evaluate.main(["report", *others, "--output", str(tmp_path / "gaps")])
+    assert table["rank_correlation"]["eval_margin"]["arena"] == pytest.approx(-0.5)
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "--lr" in page
     assert "50.0 (5.0 .. 95.0)" in page

@@ -967,7 +967,7 @@ def test_a_run_and_its_folder(policy, tmp_path):
     from deepspeed import DeepSpeedEngine
     from transformers import AutoModelForCausalLM
     run = flags(policy, tmp_path, "--iterations", 2, "--mix", "demo-pairs:test=0.05", "--zero", 1,
-                "--reference", "first")
+                "--reference", "first", "--empty-system", 1)
     result = online_dpo.main(run)
     pairs = data.demo_rows("demo-pairs", "test")
     distinct = {json.dumps([pair["prompt"], pair["chosen"], pair["rejected"]]) for pair in pairs}
@@ -979,6 +979,10 @@ def test_a_run_and_its_folder(policy, tmp_path):
         trained = json.loads((folder / "run.json").read_text())
         assert trained["pairs"] == report["pairs"] + int(0.05 * len(distinct))  # the mixed ones
         assert trained["ref"] == str(policy)
+        assert trained["stage"] == "online-dpo iteration"   # offline steps do not count
+        assert trained["flags"]["empty_system"] == 1        # of training, not of sampling
+        prompts = [row["prompt"] for row in read_lines(folder / "prompts.jsonl")]
+        assert "system" not in {m["role"] for prompt in prompts for m in prompt}
         assert len(read_growing(folder, "answers")) == 120
         assert report["length_all"] <= 8
         assert report["score_worst"] <= report["score_all"] <= report["score_best"]
@@ -987,6 +991,8 @@ def test_a_run_and_its_folder(policy, tmp_path):
         AutoModelForCausalLM.from_pretrained(folder)
     assert result["output"] == str(folders[1])
     assert result["iterations"] == 2
+    steps = [json.loads((folder / "run.json").read_text())["result"] for folder in folders]
+    assert steps[1]["cumulative"]["steps"] == steps[0]["steps"] + steps[1]["steps"]
     assert read_lines(folders[0] / "prompts.jsonl") != read_lines(folders[1] / "prompts.jsonl")
     assert (tmp_path / "report.png").stat().st_size > 10_000
     assert len((tmp_path / "report.md").read_text().splitlines()) == 4

@@ -455,6 +455,17 @@ def test_scorers_by_their_formulas(models):
     assert rating("x" * 301) is None
 
 
+def test_rewards_of_a_bf16_model_are_float32(models, tmp_path):
+    """The head's sum is not rounded: 100 texts get more different rewards than bf16 has there."""
+    from transformers import LlamaForSequenceClassification
+    shutil.copytree(models / "rm", tmp_path / "rm")
+    model = LlamaForSequenceClassification.from_pretrained(models / "rm").bfloat16()
+    model.save_pretrained(tmp_path / "rm")
+    reward = data.Scorer(str(tmp_path / "rm"), "reward")
+    assert str(reward.model.dtype) == "torch.bfloat16"
+    assert len({reward(f"text {i}") for i in range(100)}) > 90
+
+
 def test_scoring_continues_after_a_kill(models, tmp_path, monkeypatch):
     """Killed at the 1,200th of 1,500 texts: the 1,199 before it stay. Nothing is scored twice."""
     texts = [str(i) for i in range(1500)] * 2

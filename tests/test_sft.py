@@ -129,6 +129,9 @@ def test_useful_flops_of_a_mixture():
         num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2))
     body = 4 * 8 * 8 + 2 * 3 * 8 * 16 + 8 * 4 + 3 * 8       # router 8 x 4
     assert sft.useful_flops(model, 10, 0, 0) == 6 * body * 10
+    config = vars(model.config)
+    config |= {"moe_topk": config.pop("num_experts_per_tok"), "num_experts": None}      # elsewhere
+    assert sft.useful_flops(model, 10, 0, 0) == 6 * body * 10
 
 
 def run_copied_out(pieces, check, folder):
@@ -199,12 +202,13 @@ def test_a_run_leaves_an_ordinary_folder(tmp_path):
     # the next stage's input: train it further under another name, from its own template
     further = run(tmp_path / "further", "--model", out, "--max-steps", 1, "--chat-template",
                   "tokenizer", "--packing", "concat", "--loss-norm", "sequence",
-                  "--train-embeddings", "new")
+                  "--train-embeddings", "special")
     assert further["cumulative"]["steps"] == 5
     before, after = (weights(tmp_path / name)["model.embed_tokens.weight"]
                      for name in ("run", "further"))
     moved = (before != after).any(1).nonzero().flatten().tolist()
-    assert moved and set(tokenizer.convert_ids_to_tokens(moved)) <= {"<|im_start|>", "<|im_end|>"}
+    assert {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.convert_ids_to_tokens(moved)) <= {
+        *tokenizer.all_special_tokens}
 
 
 def test_presets_by_name_by_model_and_by_the_folder_of_a_run(tmp_path):
@@ -464,7 +468,7 @@ def test_nothing_but_rounding_depends_on_memory_flags_ranks_and_zero(tmp_path):
 # ------------------------------------------------------------------------------------ bad input
 @pytest.mark.parametrize("flags, message", [
     (["--dtype", "bf16", "--zero", "0"], "--zero 0"), (["--offload", "--zero", "0"], "--zero 0"),
-    (["--train-embeddings", "new", "--weight-decay", "1"], "--weight-decay"),
+    (["--train-embeddings", "special", "--weight-decay", "1"], "--weight-decay"),
     (["--model", "x/y"], "--data: needed"), (["--data", "no.jsonl"], "no.jsonl"),
     (["--chat-template", "no.jinja"], "no.jinja")])
 def test_bad_flags_before_anything_is_written(flags, message, tmp_path):
@@ -618,6 +622,8 @@ def test_lora_merged_equals_the_adapter_on_its_base(tmp_path):
         assert torch.linalg.matrix_rank(change.float().reshape(len(w), -1), atol=1e-5) == ranks
     held = run(tmp_path / "again", "--model", tmp_path / "lora", "--lr", 1e-12, "--max-steps", 1)
     assert held["eval_loss"] == pytest.approx(result["eval_loss"], abs=1e-5)
+    with pytest.raises(ValueError, match="--lora-targets q_proj lm_head: names"):
+        run(tmp_path / "head", *LORA, "--lora-targets", "q_proj", "lm_head")
 
 
 def test_lora_packed_equals_alone():
