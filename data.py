@@ -48,7 +48,6 @@ import re
 import socket
 import sys
 import tempfile
-import threading
 import unicodedata
 import uuid
 from pathlib import Path
@@ -1081,13 +1080,6 @@ def check_refused(rows, bad_rows="refuse"):
         raise ValueError(f"--data: {problem}:\n{reason_lines(by_reason(rows).values())}")
 
 
-def first_of_equal(keys):
-    """The index of the first key equal to each. (n,) -> (n,) int64. b, a, b: 0, 1, 0"""
-    keys = np.asarray(keys, dtype=str)
-    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
-    return first[group]
-
-
 def gap(chosen, rejected):
     """Score differences of pairs, NaN if a score is missing. 8.2 - 6.2 is 2, not a little less."""
     return np.round(np.asarray(chosen, dtype=float) - np.asarray(rejected, dtype=float), 9)
@@ -1480,12 +1472,10 @@ def only_process(folder):
 def growing(folder, name):
     """append(row): a JSON line in a new file NAME-*.jsonl of this process, on disk at once."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = threading.Lock()
     with open(folder / f"{name}-{uuid.uuid4().hex}.jsonl", "w", encoding="utf-8") as file:
         def append(row):
-            with lock:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
+            file.write(json.dumps(row) + "\n")
+            file.flush()
         yield append
 
 
@@ -1665,13 +1655,14 @@ def dedup(args):
     rows.jsonl. duplicates.jsonl names each dropped row, the row that is kept for it and their
     Jaccard."""
     rows = read_rows(args)
-    first = first_of_equal(rows.key)
-    unique, text_of = np.unique(first, return_inverse=True)     # row i has the text of a unique row
+    is_copy = rows.key.duplicated()
+    unique = np.flatnonzero(~is_copy)                       # the first row of each text
+    text_of, _ = pandas.factorize(rows.key)                 # row i has the text of a unique row
     near, likeness = np.arange(len(unique)), np.ones(len(unique))
     if args.near:
         near, likeness = near_duplicates(rows.line[unique].array)
     kept = unique[near][text_of]                            # the row that is kept for row i
-    kind = np.select([kept == rows.index, first != rows.index], ["kept", "exact"], "near")
+    kind = np.select([kept == rows.index, is_copy], ["kept", "exact"], "near")
     dropped = pandas.DataFrame({"row": rows["where"], "kept": rows["where"].to_numpy()[kept],
                                 "kind": kind, "jaccard": likeness[text_of]})[kind != "kept"]
     write_lines(output_file(args, "duplicates.jsonl"), map(json.dumps, dropped.to_dict("records")))
@@ -2013,6 +2004,30 @@ def positive(text):
     return int(text)
 
 
+# Flags of several scripts
+def cache_flags(add):
+    add("--num-proc", type=positive, help="processes that prepare data; None: all cores")
+    add("--cache-dir", help="prepared data, scores and log-probs; None: ~/.cache/lions")
+
+
+def row_flags(add, chat_template="chatml"):
+    add("--chat-template", default=chat_template,
+        help="chatml, tokenizer (its own) or a jinja file")
+    add("--max-length", type=positive, default=2048, help="tokens per row; more are cut, counted")
+
+
+def pair_flags(add):
+    add("--max-prompt-length", type=positive, default=512,
+        help="prompt tokens that truncation keeps at least")
+
+
+def target_flags(add):
+    add("--packing", choices=["bfd", "concat", "none"], default="bfd",
+        help="best-fit decreasing, concatenated, or one document per row")
+    add("--loss-on", choices=["assistant", "last", "all"], default="assistant",
+        help="which tokens are targets: of all answers, of the last one, or all tokens")
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
@@ -2026,20 +2041,14 @@ def parser() -> argparse.ArgumentParser:
         add("--data", nargs="+", help="sources, NAME[:split][=fraction] or a mix; None: the demo's")
         add("--pairs", action="store_true", help="read preference rows")
         add("--seed", type=int, default=42, help="of fractions, orders and random selection")
-        add("--num-proc", type=positive, help="processes; None: all cores")
-        add("--cache-dir", help="prepared rows and scores; None: ~/.cache/lions")
+        cache_flags(add)
         add("--output", help="folder of the results; None: runs/COMMAND, runs/select-METHOD")
         if run in (show, stats, select):
             add("--model", default="demo", help="the tokenizer's Hub id or folder, or demo")
         if run in (show, stats):
-            add("--chat-template", default="chatml", help="chatml, tokenizer or a jinja file")
-            add("--loss-on", choices=["assistant", "last", "all"], default="assistant",
-                help="which tokens are targets: of all answers, of the last one, or all tokens")
-            add("--max-length", type=positive, default=2048, help="tokens per row; more are cut")
-            add("--max-prompt-length", type=positive, default=512,
-                help="prompt tokens that truncation keeps at least")
-            add("--packing", choices=["bfd", "concat", "none"], default="bfd",
-                help="stats: best-fit decreasing, concatenated, or one document per row")
+            row_flags(add)
+            pair_flags(add)
+            target_flags(add)
             add("--rows", type=positive, default=3, help="rows to show")
         if run is dedup:
             add("--near", action="store_true", help=f"Jaccard of word {GRAM}-grams >= {NEAR}")

@@ -200,8 +200,7 @@ def parser():
         help="log-probs per token; --beta is then larger by about |y|: 2 to 10")
     add("--ref", help="reference model, its tokenizer may differ; None: --model")
     add("--max-pairs", type=positive, help="the first N pairs of a seeded permutation; None: all")
-    add("--max-prompt-length", type=positive, default=512,
-        help="prompt tokens that truncation keeps at least")
+    data.pair_flags(add)
     add("--min-gap", type=float,
         help="minimum score difference; unscored pairs are dropped; None: keep all")
     add("--no-share-prompt", action="store_true", help="x once per answer: the paper's layout")

@@ -1159,17 +1159,10 @@ def report(args, folder):
 
 # ------------------------------------------------------------------------------------------ flags
 def data_flags(add):
-    add("--chat-template", default="tokenizer", help="chatml, tokenizer (its own) or a jinja file")
     add("--dtype", choices=["fp32", "bf16"], help="None: bf16 on CUDA")
-    add("--max-length", type=positive, default=2048, help="tokens per row; more are cut, counted")
-    add("--max-prompt-length", type=positive, default=512,
-        help="prompt tokens that truncation keeps at least")
-    cache_flags(add)
-
-
-def cache_flags(add):
-    add("--num-proc", type=positive, help="processes that prepare data; None: all cores")
-    add("--cache-dir", help="prepared data and log-probs; None: ~/.cache/lions")
+    data.row_flags(add, "tokenizer")
+    data.pair_flags(add)
+    data.cache_flags(add)
 
 
 def answer_flags(add, max_new_tokens, temperature=0.0):
@@ -1264,7 +1257,7 @@ def add_comparisons(command):
     add = command(agree, pairs=True, seed=42)
     add("--data", nargs="+", default=["demo-pairs:test"], help="pairs, as for --data of dpo.py")
     add("--limit", type=positive, help="N pairs, drawn by a fixed seed; None: all")
-    cache_flags(add)
+    data.cache_flags(add)
     judge_flags(add, "pairrm")
     request_flags(add)
     add = command(stages, "*", **sampled)

@@ -186,8 +186,7 @@ def attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q: int, max_k: int, scaling:
     return sdpa_segments(q, k, v, ends_q, ends_k, scaling, window, softcap)
 
 
-def sdpa_segments(q, k, v, ends_q: list[int], ends_k: list[int], scaling, window=None,
-                  softcap=None):
+def sdpa_segments(q, k, v, ends_q: list[int], ends_k: list[int], scaling, window, softcap):
     """`attend` in plain PyTorch, segment by segment; neighbours of equal length go together."""
     runs = []                                               # [segments, query length, key length]
     for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:]):
@@ -225,7 +224,7 @@ def sdpa_segments(q, k, v, ends_q: list[int], ends_k: list[int], scaling, window
 # ----------------------------------------------------------------------- the hook into transformers
 def varlen_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
                      sliding_window=None, softcap=None, cu_seqlens_q=None, cu_seqlens_k=None,
-                     max_q=None, max_k=None, kv_index=None, backend=None, **kwargs):
+                     max_q=None, max_k=None, kv_index=None, **kwargs):
     """`attend` with the signature of transformers' AttentionInterface: query (1, H, T, d), key and
     value (1, H_kv, T, d) -> (1, T, H, d). ValueError names what it cannot do."""
     causal = getattr(module, "is_causal", True) and kwargs.get("is_causal") is not False
@@ -248,7 +247,7 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, dr
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     out = attend(q.to(v.dtype), k.to(v.dtype), v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scaling,
-                 sliding_window, softcap, backend)
+                 sliding_window, softcap)
     return out[None], None
 
 
@@ -418,9 +417,9 @@ class LogProbs(nn.Module):
     """A causal LM as the one function that training needs: Batch -> (N,) float32 log pi(target) in
     nats. The model must have been through `use_varlen`."""
 
-    def __init__(self, model, backend: str | None = None):
+    def __init__(self, model):
         super().__init__()
-        self.model, self.backend = model, backend
+        self.model = model
         head, config = model.get_output_embeddings(), model.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0                      # Cohere multiplies
         scale /= getattr(config, "logits_scaling", None) or 1.0                  # Granite divides
@@ -441,7 +440,7 @@ class LogProbs(nn.Module):
         output = self.model.base_model(
             input_ids=b.input_ids, position_ids=b.position_ids, use_cache=False,
             cu_seqlens_q=b.cu_seqlens_q, cu_seqlens_k=b.cu_seqlens_k, max_q=b.max_q, max_k=b.max_k,
-            kv_index=b.kv_index, backend=self.backend)
+            kv_index=b.kv_index)
         hidden = output.last_hidden_state[0]                                     # (T, D)
         return self.model.get_output_embeddings()(hidden[b.source], b.target)
 

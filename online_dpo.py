@@ -207,7 +207,7 @@ class PendingAnswer:
     """An answer that is being sampled."""
     prompt: int
     sample: int
-    uniform: np.ndarray            # its random numbers, one per token
+    random: np.random.Generator    # of its uniform numbers, one per token
     ids: list[int] = dataclasses.field(default_factory=list)
     done: bool = False
 
@@ -218,12 +218,15 @@ class Decoder:
     def __init__(self, model, prompts):
         ids = pad_sequence(list(map(torch.tensor, prompts)), True, -1, "left").to(model.device)
         self.model = model
+        config = model.config.get_text_config()
+        self.n_positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
         self.cache = growing_cache()
         self.mask = (ids >= 0).long()
         self.forward(ids.clamp(min=0))
 
     def forward(self, ids):
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        positions = (self.mask.cumsum(1) - 1)[:, -ids.shape[1]:]
+        positions = positions.clamp(0, self.n_positions - 1)    # rows that are done run on
         self.logits = self.model(
             input_ids=ids, attention_mask=self.mask, position_ids=positions, use_cache=True,
             past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
@@ -262,22 +265,21 @@ def sample_responses(model, tokenizer, prompts, wanted, max_new_tokens, *, tempe
 
     At most `rows` answers are sampled at once. Finished ones leave the batch and waiting prompts,
     longest first, take their place. Both copy all caches, so that they happen when an eighth of the
-    rows is done or free. A prompt is computed once for all its answers. Sample k of prompt i draws
-    its numbers from (seeds[i], k) alone, so that neighbours change it only by rounding. model: a
+    rows is done. A prompt is computed once for all its answers. Sample k of prompt i draws its
+    numbers from (seeds[i], k) alone, so that neighbours change it only by rounding. model: a
     transformers model whose generation_config stops it."""
     model, stops = model.eval(), stop_tokens(model.generation_config)
     seeds = seeds or [0] * len(prompts)
     ids = {i: prompt_ids(tokenizer, prompts[i]) for i, _ in wanted}
     waiting = sorted(wanted, key=lambda w: -len(ids[w[0]]))
     work = []
-    while waiting or work:
-        finished = sum(w.done for w in work)
-        free = rows - len(work) + finished
-        if finished > len(work) // 8 or (waiting and free >= max(1, rows // 8)):
-            keep = [r for r, w in enumerate(work) if not w.done]
+    while waiting or not all(w.done for w in work):
+        keep = [r for r, w in enumerate(work) if not w.done]
+        if len(keep) <= 7 / 8 * len(work):                  # also at the start
             work = [work[r] for r in keep]
             if work:
                 decoder.keep(keep)
+            free = rows - len(work)
             new = waiting[:free]
             waiting = waiting[free:]
             if new:
@@ -290,10 +292,8 @@ def sample_responses(model, tokenizer, prompts, wanted, max_new_tokens, *, tempe
                     decoder = start
             for i, k in new:
                 random = np.random.Generator(np.random.Philox(key=[seeds[i], k]))
-                work.append(PendingAnswer(i, k, random.random(max_new_tokens)))
-            if not work:
-                break
-        uniform = [w.uniform[len(w.ids) - w.done] for w in work]     # of a done row: not used
+                work.append(PendingAnswer(i, k, random))
+        uniform = [w.random.random() for w in work]         # of a done row: not used
         uniform = torch.tensor(uniform, dtype=torch.float64, device=model.device)
         token = pick_token(decoder.logits, uniform, temperature, top_p)               # (R,)
         for w, t in zip(work, token.tolist()):
@@ -470,25 +470,6 @@ def parts_of(request):
     return [name for name in DISPENSABLE if name in request or name in roles]
 
 
-async def post(server, request, refused=()):
-    """The body of the reply, and what the server refused. A 400 or 422 that names a part of
-    DISPENSABLE is answered by the request without it."""
-    import openai
-    badly = openai.BadRequestError, openai.UnprocessableEntityError
-    try:
-        reply = await server.openai.chat.completions.with_raw_response.create(**request)
-        return reply.content, refused
-    except badly as error:
-        named = [name for name in parts_of(request)
-                 if re.search(rf"\b({DISPENSABLE[name]})\b", str(error), re.IGNORECASE)]
-        if not named:
-            raise
-        try:
-            return await post(server, without(request, named[0]), (*refused, named[0]))
-        except badly:                                       # the named part was not the cause
-            raise error from None
-
-
 def text_of_parts(content) -> str | None:
     """A reply's text: a string, the texts of a list's parts, or None."""
     if isinstance(content, list):
@@ -514,18 +495,29 @@ def read_reply(body):
 
 
 async def chat(server, **request) -> Reply:
-    """One chat completion. What the server refused once is left out from then on."""
+    """One chat completion. A 400 or 422 that names a part of DISPENSABLE is answered by the request
+    without it, and that part is left out from then on."""
     import openai
-    known = [name for name in parts_of(request) if name in server.refused]
-    for name in known:
-        request = without(request, name)
-    try:
-        body, refused = await post(server, request)
-        server.refused.update(refused)
-        return Reply(*read_reply(body), (*known, *refused))
-    except (openai.OpenAIError, ValueError) as error:
-        error.args = server.without_key(str(error)),
-        raise
+    refused = [name for name in parts_of(request) if name in server.refused]
+    first_error = None
+    while True:
+        rest = request
+        for name in refused:
+            rest = without(rest, name)
+        try:
+            reply = await server.openai.chat.completions.with_raw_response.create(**rest)
+            server.refused.update(refused)
+            return Reply(*read_reply(reply.content), tuple(refused))
+        except (openai.OpenAIError, ValueError) as error:
+            error.args = server.without_key(str(error)),
+            if getattr(error, "status_code", None) not in (400, 422):
+                raise
+            first_error = first_error or error
+            named = [name for name in parts_of(rest)
+                     if re.search(rf"\b({DISPENSABLE[name]})\b", str(error), re.IGNORECASE)]
+            if not named:                                   # what was left out was not the cause
+                raise first_error from None
+            refused.append(named[0])
 
 
 def ask_all(args, flag, server, requests, save, answered):
@@ -755,22 +747,6 @@ def pairrm_logits(model, tokenizer, rows, batch_tokens):
     return logits
 
 
-def by_comparisons(compare):
-    """A judge of compare(rows) -> how far the first answer beats the second, for all ordered pairs
-    of their K answers, in the order of itertools.permutations. NaN, no verdict, counts as a tie."""
-    def judge(rows):
-        k = len(rows[0]["answers"])
-        c = np.zeros((len(rows), k, k))
-        i, j = zip(*itertools.permutations(range(k), 2))
-        won = np.reshape(compare(rows), (len(rows), -1))
-        judge.unparsed += int(np.isnan(won).sum())
-        c[:, i, j] = np.nan_to_num(won)
-        return [scores_from_comparisons(x) for x in c]
-    judge.compare = compare
-    judge.unparsed = 0
-    return judge
-
-
 def pairrm_judge(args, name):
     name = name or PAIRRM
     with data.loading(name):
@@ -788,7 +764,7 @@ def pairrm_judge(args, name):
         if cut:
             print(f"pairrm: {cut} texts were cut to its 2048 tokens", file=sys.stderr)
         return pairrm_logits(model, tokenizer, ids, args.judge_tokens)
-    return by_comparisons(compare)
+    return compare
 
 
 def reward_judge(args, name):
@@ -903,29 +879,40 @@ def llm_judge(args, name):
             print(f"{name}: {verdicts.count(None)} of {len(calls)} replies have no verdict: ties",
                   file=sys.stderr)
         return np.array(verdicts, dtype=float)              # None becomes NaN
-    return by_comparisons(compare)
+    return compare
 
 
-JUDGES = {"pairrm": pairrm_judge, "reward": reward_judge, "python": python_judge, "llm": llm_judge}
+# They score every answer to each of some prompts.
+SCORING = {"reward": reward_judge, "python": python_judge}
+# They say how far the first answer beats the second, for all ordered pairs of the K answers to each
+# of some prompts, in the order of itertools.permutations. NaN, no verdict, counts as a tie.
+COMPARING = {"pairrm": pairrm_judge, "llm": llm_judge}
+JUDGES = SCORING | COMPARING
 
 
 def load_judge(args):
     """--judge -> function: rows {"key", "prompt", "answer", "answers"} -> (rows, K) scores,
-    checked."""
+    checked. Its `unparsed` counts the comparisons so far without a verdict."""
     kind, _, name = args.judge.partition(":")
     judge = JUDGES[kind](args, name)
 
     def scores(rows):
+        k = len(rows[0]["answers"])
         try:
             values = np.asarray(judge(rows), dtype=np.float64)
         except Exception as error:                          # a function of the user's
             raise ValueError(f"--judge {args.judge}: {type(error).__name__}: {error}") from error
-        if values.shape != (len(rows), len(rows[0]["answers"])) or not np.isfinite(values).all():
+        if kind in COMPARING:
+            scores.unparsed += int(np.isnan(values).sum())
+            c = np.zeros((len(rows), k, k))
+            off_diagonal = ~np.eye(k, dtype=bool)
+            c[:, off_diagonal] = np.nan_to_num(values).reshape(len(rows), -1)
+            values = np.array([scores_from_comparisons(x) for x in c])
+        if values.shape != (len(rows), k) or not np.isfinite(values).all():
             raise ValueError(f"--judge {args.judge}: {values.tolist()}: not one finite score for "
                              f"each answer to {json.dumps(rows[0]['prompt'])[:200]}")
-        scores.unparsed = getattr(judge, "unparsed", 0)     # comparisons so far without a verdict
         return values
-    scores.compare = getattr(judge, "compare", None)
+    scores.compare = judge if kind in COMPARING else None
     scores.unparsed = 0
     return scores
 

@@ -174,10 +174,7 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(output="runs/sft")
     add = p.add_argument_group("stage 1").add_argument
     add("--max-examples", type=positive, help="the first N of a seeded permutation; None: all")
-    add("--packing", choices=["bfd", "concat", "none"], default="bfd",
-        help="best-fit decreasing, concatenated, or one document per row")
-    add("--loss-on", choices=["assistant", "last", "all"], default="assistant",
-        help="which tokens are targets: of all answers, of the last one, or all tokens")
+    data.target_flags(add)
     add("--loss-norm", choices=["token", "sequence"], default="token", help="weight 1 or 1/|y|")
     add("--train-embeddings", choices=["all", "special"], default="all",
         help="all rows, or those of special tokens")
@@ -291,14 +288,12 @@ def stage_parser(description, presets) -> argparse.ArgumentParser:
     add("--model", help="Hub id, folder, or demo, a small random Llama made in code")
     add("--data", nargs="+", help="NAME[:split][=fraction] or a mix (MIXES in data.py), several")
     add("--eval-data", nargs="+", help="held-out sources, same form; None: no evaluation")
-    add("--chat-template", default="chatml", help="chatml, tokenizer (its own) or a jinja file")
-    add("--max-length", type=positive, default=2048, help="tokens per row; more are cut, counted")
+    data.row_flags(add)
     add("--empty-system", type=float, default=0.0,
         help="probability of adding an empty system turn when there is none")
     add("--bad-rows", choices=["refuse", "stop"], default="refuse",
         help="skip and count rows that cannot be used, or stop")
-    add("--num-proc", type=positive, help="processes that prepare data; None: all cores")
-    add("--cache-dir", help="prepared data, reference log-probs; None: ~/.cache/lions")
+    data.cache_flags(add)
     add = p.add_argument_group("optimisation").add_argument
     add("--epochs", type=float, default=1, help="passes over the data")
     add("--max-steps", type=positive, help="end of the schedule in steps; None: by --epochs")
@@ -937,11 +932,11 @@ class Run:
         from tqdm import tqdm
         self.bar = tqdm(total=steps, initial=self.first, disable=self.rank > 0, unit="step",
                         ncols=100)
-        self.tracker = None
-        if self.rank == 0 and args.report_to:
-            self.tracker = Tracker(args.report_to, self.out, vars(args))
+        self.tracks = self.rank == 0 and args.report_to
+        if self.tracks:
+            self.track, self.end_tracking = start_tracker(args.report_to, self.out, vars(args))
             for row in self.history:                        # a resumed run reports all its steps
-                self.tracker.record(row)
+                self.track(row)
         self.clock, self.seconds, self.seen = time.time(), 0, 0
         self.minute = collections.deque([(self.clock, 0)])  # (time, tokens seen), the last minute
 
@@ -968,8 +963,8 @@ class Run:
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as f:
                 f.write(json.dumps(now) + "\n")
-            if self.tracker:
-                self.tracker.record(now)
+            if self.tracks:
+                self.track(now)
             self.bar.update()
             if len(self.history) == self.first + 10:
                 left = self.bar.format_interval(self.seconds / 10 * (self.steps - now["step"]))
@@ -1006,8 +1001,8 @@ class Run:
             plot_curves(self.out / "curves.png", {self.out.name: self.history}, self.curves)
             write_json(self.out / "run.json", self.info | {"result": result})
             shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
-            if self.tracker:
-                self.tracker.finish(result)
+            if self.tracks:
+                self.end_tracking(result)
         log("\n".join(f"{name:>20}  {value:,.6g}" for name, value in result.items()
                       if isinstance(value, int | float)))
         dist.barrier()
@@ -1018,47 +1013,49 @@ class Run:
         return result
 
 
-class Tracker:
-    """--report-to: the steps, curves.png and the result of a run, as a new run of the tracker."""
+def start_tracker(name, out, flags):
+    """--report-to: a new run of the tracker. Returns two functions, for a line of metrics.jsonl and
+    for the result, which ends the run with curves.png."""
+    picture = out / "curves.png"
+    if name == "tensorboard":
+        module = needs("torch.utils.tensorboard", "tensorboard")
+        writer = module.SummaryWriter(out / "tensorboard")
 
-    def __init__(self, name, out, flags):
-        self.name, self.picture = name, out / "curves.png"
-        if name == "tensorboard":
-            module = needs("torch.utils.tensorboard", "tensorboard")
-            self.to = module.SummaryWriter(out / "tensorboard")
-            return
-        self.to = needs(name)
-        if name == "mlflow":
-            self.to.set_experiment("lions")
-            self.to.start_run(run_name=out.name)
-            self.to.log_params(flags)
-        else:
-            self.to.init(project="lions", name=out.name, config=flags)
-
-    def record(self, now):
-        """One line of metrics.jsonl."""
-        step, values = now["step"], {k: v for k, v in now.items() if k != "step"}
-        if self.name == "tensorboard":
+        def log(values, step):
             for key, value in values.items():
-                self.to.add_scalar(key, value, step)
-        elif self.name == "mlflow":
-            self.to.log_metrics(values, step=step)
-        else:
-            self.to.log(values, step=step)
+                writer.add_scalar(key, value, step)
 
-    def finish(self, result):
-        numbers = {f"result/{k}": v for k, v in result.items() if isinstance(v, int | float)}
-        self.record(numbers | {"step": result["steps"]})
-        if self.name == "tensorboard":
+        def end():
             import matplotlib.pyplot as plt
-            self.to.add_image("curves", plt.imread(self.picture), dataformats="HWC")
-            self.to.close()
-        elif self.name == "mlflow":
-            self.to.log_artifact(str(self.picture))
-            self.to.end_run()
-        else:
-            self.to.log({"curves": self.to.Image(str(self.picture))})
-            self.to.finish()
+            writer.add_image("curves", plt.imread(picture), dataformats="HWC")
+            writer.close()
+    elif name == "mlflow":
+        mlflow = needs(name)
+        mlflow.set_experiment("lions")
+        mlflow.start_run(run_name=out.name)
+        mlflow.log_params(flags)
+        log = mlflow.log_metrics
+
+        def end():
+            mlflow.log_artifact(str(picture))
+            mlflow.end_run()
+    else:
+        tracker = needs(name)                               # wandb, and trackio with its functions
+        tracker.init(project="lions", name=out.name, config=flags)
+        log = tracker.log
+
+        def end():
+            tracker.log({"curves": tracker.Image(str(picture))})
+            tracker.finish()
+
+    def record(now):
+        log({k: v for k, v in now.items() if k != "step"}, step=now["step"])
+
+    def finish(result):
+        numbers = {f"result/{k}": v for k, v in result.items() if isinstance(v, int | float)}
+        log(numbers, step=result["steps"])
+        end()
+    return record, finish
 
 
 CARD = """

@@ -228,6 +228,19 @@ def test_greedy_answers_equal_generate(family):
         assert sample(model, prompts, list(expected), rows=rows) == expected
 
 
+def test_finished_rows_do_not_run_out_of_learned_positions():
+    """Prompts of 16 tokens and 16 new ones fill all 32 positions of a GPT-2."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=32, n_embd=16, n_layer=1,
+                                       n_head=2))
+    model.generation_config.eos_token_id = [1, 2, 3, 4, 5]
+    prompts, seeds = random_ids(*[16] * 60), list(range(60))
+    one, many = (list(online_dpo.sample_responses(
+        model, IdsAsText(), prompts, [(i, 0) for i in seeds], 16, temperature=1.0, seeds=seeds,
+        rows=rows)) for rows in (1, 16))
+    assert sorted(one) == sorted(many)
+
+
 def test_a_sample_depends_on_its_seed_alone():
     """Neither on the rows in work nor on its neighbours nor on what is missing."""
     model = model_that_stops("llama", [2, 3, 4, 5, 6, 7])

@@ -187,11 +187,6 @@ def test_shared_prompts_equal_the_plain_layout(logps, shapes, draw):
 
 
 # ------------------------------------------------------------------------------ rows, names, pairs
-@given(st.lists(st.sampled_from("abcdef")))
-def test_first_of_equal_by_brute_force(keys):
-    assert data.first_of_equal(keys).tolist() == [keys.index(key) for key in keys]
-
-
 NAMES = st.from_regex(r"[A-Za-z0-9][\w.-]{0,12}(/[A-Za-z0-9][\w.-]{0,12}){0,2}", fullmatch=True)
 SPLITS = st.from_regex(r"[A-Za-z][A-Za-z0-9_-]{0,12}", fullmatch=True)
 

@@ -652,11 +652,6 @@ def test_killed_preparation_continues(prepare, source, tmp_path):
         assert all(path.stat().st_mtime_ns == since for path, since in finished.items())
 
 
-def test_first_of_equal():
-    assert data.first_of_equal([*"babac"]).tolist() == [0, 1, 0, 1, 4]
-    assert data.first_of_equal([]).tolist() == []
-
-
 # ------------------------------------------------------------------- rows that nothing else reads
 def solution(text, is_correct):
     return {"solution": text, "is_correct": is_correct}
