@@ -1130,7 +1130,7 @@ PHASES = {
     "online": {"start": "started", "data": "preset", "sampling": "iteration 1:",
                "judging": "judged one", "reference": "log-probs under", **TRAINING},
     "evaluate": {"start": "started", "sampling": "distinct prompts", "judging": "judged one"},
-    "data": {"start": "started", "reading": "convert_rows", "scoring": "score_texts"}}
+    "data": {"start": "started", "reading": "convert_rows", "scoring": "reward:"}}
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([
     "deepspeed", "transformers.models.llama.modeling_llama", "transformers.generation",
@@ -1283,7 +1283,8 @@ def chain(lab, name, number, ranks, draw):
         now = run.phase()
         alive = [process for process in run.processes if process.exitcode is None]
         for process in alive:
-            os.kill(process.pid, number)
+            with contextlib.suppress(ProcessLookupError):   # it has just ended
+                os.kill(process.pid, number)
         if now == "start" and number == signal.SIGINT:      # one may wait for the other in torch's
             time.sleep(5)                                   # rendezvous; a launcher ends it
             for process in run.processes:
