@@ -1812,7 +1812,7 @@ class Scorer:
             write_bos(self.tokenizer)
         self.model = load_weights(auto, name, **trust)
         head = getattr(self.model, "score", None)           # bf16 rewards would often tie
-        if head is not None:
+        if isinstance(head, torch.nn.Linear) and not trust_remote_code:
             head.float().register_forward_pre_hook(lambda _, inputs: inputs[0].float())
         self.digits = self.tokenizer.convert_tokens_to_ids(list("123456"))
         known = {*self.digits} - {None, self.tokenizer.unk_token_id}

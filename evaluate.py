@@ -783,12 +783,12 @@ def agreement(orders, gap, longer, prompts, bins=5):
     rows = [{"pairs": name, "n": len(part), "difference": part.gap.mean()}
             | scored(part.score, groups=part.prompt) for name, part in parts.items()]
     both = first[~np.isnan(orders).any(1)]                  # two verdicts
-    figures = {"consistent over both orders": (both[:, 0] == -both[:, 1]).mean(),
+    figures = {"consistent over both orders": pandas.Series(both[:, 0] == -both[:, 1]).mean(),
                "prefers the first": (1 + first).mean() / 2,
                "prefers the longer": (1 + favours * longer).mean() / 2,
                "stored verdicts prefer the longer": (1 + longer).mean() / 2}
     return {"rows": rows,
-            "percent": {name: float(100 * v) for name, v in figures.items()},
+            "percent": without_nan(100 * pandas.Series(figures)).to_dict(),
             "unparsed": int(np.isnan(orders).sum()),
             "pairs": len(t)}
 
@@ -822,7 +822,8 @@ def agree(args, folder):
         {"series": {"95% intervals": (bins.difference, bins.score, "o-", error_bars(bins))},
          "xlabel": "difference of the stored scores", "ylabel": "agreement (%)",
          "ylim": (0, 100), "title": Path(args.judge).name},
-        {"series": result["percent"], "xlim": (0, 100), "xlabel": "% of pairs"}])
+        {"series": {k: v or 0.0 for k, v in result["percent"].items()}, "xlim": (0, 100),
+         "xlabel": "% of pairs"}])
     log(f"{table(t)}\n{table([result['percent']])}")
     everything = {k: result["rows"][0][k] for k in ("score", "low", "high")}
     return finish(args, folder, result | everything | {"judge": args.judge, "data": args.data})
@@ -1282,6 +1283,8 @@ def check_flags(args):
     if hasattr(args, "answers"):
         if not (args.model or args.answers):
             raise ValueError("MODEL: needed, a folder or Hub id; or --answers FILE")
+        if args.answers and args.system is not None:
+            raise ValueError("--system: the answers of --answers are written; leave it out")
         if not (args.judge_url or args.dry_run):
             raise ValueError("--judge-url: needed, the judge's endpoint, such as "
                              "https://api.openai.com/v1")

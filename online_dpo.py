@@ -218,22 +218,21 @@ class Decoder:
     def __init__(self, model, prompts):
         ids = pad_sequence(list(map(torch.tensor, prompts)), True, -1, "left").to(model.device)
         self.model = model
-        config = model.config.get_text_config()
-        self.n_positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
         self.cache = growing_cache()
         self.mask = (ids >= 0).long()
         self.forward(ids.clamp(min=0))
 
     def forward(self, ids):
-        positions = (self.mask.cumsum(1) - 1)[:, -ids.shape[1]:]
-        positions = positions.clamp(0, self.n_positions - 1)    # rows that are done run on
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
         self.logits = self.model(
             input_ids=ids, attention_mask=self.mask, position_ids=positions, use_cache=True,
             past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
 
-    def step(self, token):
-        """Append one token (R,) to every row."""
-        self.mask = F.pad(self.mask, (0, 1), value=1)
+    def step(self, token, live):
+        """Append one token (R,) to every row. It counts in the rows that are `live`, (R,) bool: the
+        positions of the others stand still."""
+        live = torch.tensor(live, device=self.mask.device).long()
+        self.mask = torch.cat([self.mask, live[:, None]], 1)
         self.forward(token[:, None])
 
     def keep(self, rows):
@@ -302,8 +301,9 @@ def sample_responses(model, tokenizer, prompts, wanted, max_new_tokens, *, tempe
                 w.done = t in stops or len(w.ids) == max_new_tokens
                 if w.done:
                     yield answer_of(w.ids, w.prompt, w.sample, stops, tokenizer)
-        if not all(w.done for w in work):
-            decoder.step(token)
+        live = [not w.done for w in work]
+        if any(live):
+            decoder.step(token, live)
 
 
 def sample_continuously(model, tokenizer, prompts, wanted, max_new_tokens, *,
@@ -457,8 +457,8 @@ def without(request: dict, name: str) -> dict:
         request["max_completion_tokens"] = request.pop("max_tokens")
     elif name == "system":
         system, first, *rest = request["messages"]
-        text = f"{system['content']}\n\n{first['content']}"
-        request["messages"] = [data.user(text), *rest]
+        texts = filter(None, [system["content"], first["content"]])
+        request["messages"] = [data.user("\n\n".join(texts)), *rest]
     else:
         del request[name]
     return request

@@ -481,6 +481,11 @@ def prepare_rows(sources, args, **settings):
     fills the cache, then the others read it."""
     if not sources:
         return None, ""
+    if args.empty_system:
+        try:
+            data.render(settings["tokenizer"], data.add_system(data.ask("q", "a"), ""))
+        except ValueError as error:
+            raise ValueError(f"--empty-system {args.empty_system}: {error}; use 0") from None
     for is_turn_of_rank_0 in (True, False):
         if is_turn_of_rank_0 == (dist.get_rank() == 0):
             prepared = data.prepare(
@@ -649,11 +654,11 @@ def useful_flops(model, tokens, targets, attended):
     weight has no gradient of its own and needs 4. Of a mixture's experts only the chosen count."""
     config, head = model.config.get_text_config(), model.get_output_embeddings().weight
     tables = {*model.get_input_embeddings().parameters(), head}
-    experts = first_set(config, "num_local_experts", "num_experts") or 1
+    experts = first_set(config, "num_local_experts", "num_experts", "moe_num_experts") or 1
     chosen = first_set(config, "num_experts_per_tok", "top_k_experts", "moe_topk") or experts
 
     def per_token(name, p):
-        share = chosen / experts if ".experts." in name else 1
+        share = np.mean(chosen) / experts if ".experts." in name else 1     # or of each layer
         return numel(p) * (4 + 2 * p.requires_grad) * share
     body = sum(per_token(*named) for named in model.named_parameters() if named[1] not in tables)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -1102,7 +1107,7 @@ def published(args, result):
     on_hub = base != "demo" and not Path(base).exists()
     head = ModelCardData(base_model=base if on_hub else None, library_name="transformers",
                          license="unknown", pipeline_tag="text-generation",
-                         tags=["lions", run["stage"]])
+                         tags=["lions", run["stage"].split()[0]])
     tables = {of: data.table([{"name": k, "value": str(v)} for k, v in rows.items()])
               for of, rows in (("result", run["result"]), ("flags", flags))}
     text = CARD.format(name=args.push_to_hub, base=base, stage=run["stage"], git=run["git"],

@@ -135,6 +135,8 @@ def test_agreement_by_hand():
         "prefers the first": 100 * 4.5 / 8,                 # wins 1, 3, 5 and no verdict: 1+2+1+0.5
         "prefers the longer": 100 * 3.5 / 4, "stored verdicts prefer the longer": 50}
     assert (result["unparsed"], result["pairs"]) == (1, 4)
+    silent = evaluate.agreement(orders[3:] * nan, np.array([1.0]), np.array([1]), ["p"])
+    assert silent["percent"]["consistent over both orders"] is None
 
 
 @pytest.mark.parametrize("kind", ["python", "llm"])
@@ -758,6 +760,7 @@ def test_real_mt_bench(real, tmp_path):
     (["--judge-url", "ftp://x"], "--judge-url ftp://x: must be http"),
     (["--judge-url", "http://user:secret@x/v1"], "--judge-url .*without user, password"),
     ([], "--judge-url: needed"),
+    (["--answers", "x.jsonl", "--system", ""], "--system: the answers of --answers are written"),
     (["--judge-url", NOWHERE, "--engine", "server"], "--engine server: needs --base-url or"),
     (["--judge-url", NOWHERE, "--top-p", "2"], "--top-p 2"),
     (["--judge-url", NOWHERE, "--answers", "no.jsonl"], "--answers no.jsonl: .*FileNotFound"),

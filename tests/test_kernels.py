@@ -501,6 +501,14 @@ def test_refused_by_name_of_its_part(config, why):
         use_varlen(model, 64)
 
 
+def test_a_bf16_model_with_large_logits_is_no_other_model():
+    """Its own logits, up to hundreds, are rounded to bf16."""
+    model = hf.AutoModelForCausalLM.from_config(hf.LlamaConfig(**TINY), dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(3000)
+    use_varlen(model, 64)
+
+
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="LlamaModel cannot.*no output embedding"):
         use_varlen(hf.AutoModel.from_config(hf.LlamaConfig(**TINY)), 64)

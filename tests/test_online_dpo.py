@@ -706,6 +706,11 @@ def test_what_is_sent_to_whom(name):
     assert last == settings
 
 
+def test_an_empty_system_turn_leaves_no_blank_lines():
+    request = {"messages": [{"role": "system", "content": ""}, data.user("U")]}
+    assert online_dpo.without(request, "system")["messages"] == [data.user("U")]
+
+
 def test_a_server_refuses_two_parts_one_after_the_other():
     def reply(request):
         for name in ("max_tokens", "temperature"):

@@ -129,8 +129,8 @@ def test_useful_flops_of_a_mixture():
         num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2))
     body = 4 * 8 * 8 + 2 * 3 * 8 * 16 + 8 * 4 + 3 * 8       # router 8 x 4
     assert sft.useful_flops(model, 10, 0, 0) == 6 * body * 10
-    config = vars(model.config)
-    config |= {"moe_topk": config.pop("num_experts_per_tok"), "num_experts": None}      # elsewhere
+    others = dict.fromkeys(("num_local_experts", "num_experts", "num_experts_per_tok"))
+    vars(model.config).update(others, moe_num_experts=4, moe_topk=[2])
     assert sft.useful_flops(model, 10, 0, 0) == 6 * body * 10
 
 
@@ -209,6 +209,14 @@ def test_a_run_leaves_an_ordinary_folder(tmp_path):
     moved = (before != after).any(1).nonzero().flatten().tolist()
     assert {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.convert_ids_to_tokens(moved)) <= {
         *tokenizer.all_special_tokens}
+
+
+def test_empty_system_needs_a_template_that_takes_it(tmp_path):
+    template = tmp_path / "gemma.jinja"
+    template.write_text("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}"
+                        "{% endif %}" + data.CHATML)
+    with pytest.raises(ValueError, match="--empty-system 0.8: .*no system; use 0"):
+        run(tmp_path / "run", "--empty-system", 0.8, "--chat-template", template)
 
 
 def test_presets_by_name_by_model_and_by_the_folder_of_a_run(tmp_path):
