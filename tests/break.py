@@ -1185,6 +1185,14 @@ class Started:
             return int(nanoseconds) / 1e9
         return math.inf
 
+    def end_with_the_first(self):
+        """What launchers do once a rank has ended: another may wait for it inside torch."""
+        while all(process.exitcode is None for process in self.processes):
+            time.sleep(0.05)
+        time.sleep(1)
+        for process in self.processes:
+            process.terminate()
+
     def wait(self, seconds=600):
         """Exit codes of all ranks."""
         deadline = time.time() + seconds
@@ -1285,10 +1293,8 @@ def chain(lab, name, number, ranks, draw):
         for process in alive:
             with contextlib.suppress(ProcessLookupError):   # it has just ended
                 os.kill(process.pid, number)
-        if now == "start" and number == signal.SIGINT:      # one may wait for the other in torch's
-            time.sleep(5)                                   # rendezvous; a launcher ends it
-            for process in run.processes:
-                process.terminate()
+        if number == signal.SIGINT and ranks > 1:
+            run.end_with_the_first()
         ended = 0 not in run.wait(120) or number == signal.SIGTERM
         counts[now] += len(alive) == ranks and ended
         assert now == "start" or "Traceback" not in run.text(), run.text()[-800:]
