@@ -343,10 +343,7 @@ def candidate_answers(args, questions, temperature, clean=str):
     """--answers, or the model's own, turn after turn: id -> texts, and what a result says of them.
     temperature: question -> its own. clean: of a sampled text, before the next turn."""
     sampled = []
-    opening = []
-    if args.system is not None:
-        opening = [{"role": "system", "content": args.system}]
-    talks = {q.id: [*opening] for q in questions}
+    talks = {q.id: data.add_system([], args.system) for q in questions}
     if args.answers:
         answers = read_answers(args.answers, "--answers", questions)
         n_turns = 0
@@ -822,8 +819,8 @@ def agree(args, folder):
         {"series": {"95% intervals": (bins.difference, bins.score, "o-", error_bars(bins))},
          "xlabel": "difference of the stored scores", "ylabel": "agreement (%)",
          "ylim": (0, 100), "title": Path(args.judge).name},
-        {"series": {k: v or 0.0 for k, v in result["percent"].items()}, "xlim": (0, 100),
-         "xlabel": "% of pairs"}])
+        {"series": {k: v for k, v in result["percent"].items() if v is not None},
+         "xlim": (0, 100), "xlabel": "% of pairs"}])
     log(f"{table(t)}\n{table([result['percent']])}")
     everything = {k: result["rows"][0][k] for k in ("score", "low", "high")}
     return finish(args, folder, result | everything | {"judge": args.judge, "data": args.data})

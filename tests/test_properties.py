@@ -3,9 +3,12 @@ pytest tests/test_properties.py --hypothesis-profile thorough"""
 import functools
 import importlib
 import itertools
+import json
 import string
+from unittest import mock
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -187,6 +190,22 @@ def test_shared_prompts_equal_the_plain_layout(logps, shapes, draw):
 
 
 # ------------------------------------------------------------------------------ rows, names, pairs
+@given(st.lists(st.sampled_from("abcdef"), min_size=1))
+def test_first_of_equal_by_brute_force(tmp_path_factory, keys):
+    """dedup keeps the first row of each text, and names it for every copy."""
+    out = tmp_path_factory.mktemp("dedup")
+    names = [f"f:{i}" for i in range(len(keys))]
+    rows = pandas.DataFrame({"key": keys, "line": ["{}"] * len(keys), "where": names,
+                             "source": "f"})
+    with mock.patch.object(data, "read_rows", lambda args: rows):
+        data.dedup(data.parser().parse_args(["dedup", "--output", str(out)]))
+    found = dict(zip(names, names))
+    for line in (out / "duplicates.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        found[row["row"]] = row["kept"]
+    assert list(found.values()) == [names[keys.index(key)] for key in keys]
+
+
 NAMES = st.from_regex(r"[A-Za-z0-9][\w.-]{0,12}(/[A-Za-z0-9][\w.-]{0,12}){0,2}", fullmatch=True)
 SPLITS = st.from_regex(r"[A-Za-z][A-Za-z0-9_-]{0,12}", fullmatch=True)
 
