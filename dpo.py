@@ -42,9 +42,9 @@ import data
 from data import PAIR_LISTS, growing, positive, read_growing
 from kernels import Group, LogProbs, layout, sequence_logps
 from sft import (Run, all_sum, attention_backend, check_finite, check_machines, check_resume,
-                 clip_and_step, device, due, export, init_distributed, laid_out, load_model, log,
-                 make_engine, micro_batches, own_folder, parse, plan_steps, prepare_rows, published,
-                 run_main, set_learning_rate, stage_parser)
+                 clip_and_step, device, due, export, free_memory, init_distributed, laid_out,
+                 load_model, log, make_engine, micro_batches, own_folder, parse, plan_steps,
+                 prepare_rows, published, run_main, set_learning_rate, stage_parser)
 
 PRESETS = {  # the paper's table as argparse defaults
     "demo": dict(model="runs/sft", data=["demo-pairs:train"], eval_data=["demo-pairs:test"],
@@ -287,6 +287,8 @@ def check_step_0(args, now):
     """With the policy as reference the first loss is dpo_loss at 0, ln 2 for sigmoid, or something
     differs between the two."""
     allowed = {"fp32": 1e-5, "bf16": 0.01}[args.dtype]
+    if args.loss == "sigmoid" and not args.length_normalise:
+        allowed *= max(1, args.beta / 0.1)                  # rounding counts times beta
     if args.loss == "ipo":
         allowed *= 2 / args.beta ** 2                       # its slope at 0 beside sigmoid's 1/2
     loss = now["loss"] - args.nll_weight * now["nll_w"]
@@ -333,6 +335,7 @@ def frozen_logps(args, name, dataset, tokenizer) -> np.ndarray:
                            own, new_ids)
         compute_logps(LogProbs(model.eval()), pairs, missing, folder, args)
         del model
+        free_memory()
         dist.barrier()
         known = known_logps(folder)
     return np.array([known[key] for key in pairs.keys], dtype=np.float32)

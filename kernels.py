@@ -284,9 +284,8 @@ def use_varlen(model, max_length: int | None = None) -> None:
     if problems:
         raise ValueError(f"{type(model).__name__} cannot be trained on packed documents: "
                          f"{'; '.join(problems)}")
-    from transformers import AttentionInterface, AttentionMaskInterface
-    AttentionInterface.register("varlen", varlen_attention)
-    AttentionMaskInterface.register("varlen", no_mask)
+    from transformers import AttentionInterface
+    AttentionInterface.register("varlen", varlen_attention)     # without a mask of that name: none
     model.set_attn_implementation("varlen")
     check_logps(model, config.vocab_size)
 
@@ -315,11 +314,6 @@ def varlen_inputs(b: Batch) -> dict:
     """What the forward of a model behind `use_varlen` takes."""
     names = "input_ids position_ids cu_seqlens_q cu_seqlens_k max_q max_k kv_index".split()
     return {name: getattr(b, name) for name in names} | {"use_cache": False}
-
-
-def no_mask(*args, **kwargs):
-    """transformers builds no attention mask: the segments take its place."""
-    return None
 
 
 # ---------------------------------------------------------------------------------- token log-probs

@@ -30,7 +30,7 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
-import gc
+import datetime
 import hashlib
 import importlib.util
 import itertools
@@ -58,9 +58,9 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import dpo
 from data import (growing, hash_of, positive, prompt_ids, read_growing, write_json, write_lines)
-from sft import (MAY_CHANGE, all_sum, check_machines, check_resume, delete_run, device, git_commit,
-                 init_distributed, log, own_folder, parse, prepare_rows, published, run_main,
-                 torch_dtype)
+from sft import (MAY_CHANGE, check_machines, check_resume, delete_run, device, free_memory,
+                 git_commit, init_distributed, log, own_folder, parse, prepare_rows, published,
+                 run_main, torch_dtype)
 
 ULTRAFEEDBACK = dict(data=["HuggingFaceH4/ultrafeedback_binarized:train_prefs"], epochs=1, lr=5e-7,
                      max_length=2048, max_prompt_length=512, empty_system=0.8,
@@ -257,6 +257,9 @@ class Decoder:
             a.replace(joined(a.keys, b.keys, 0, 0), joined(a.values, b.values, 0, 0))
 
 
+PROMPT_TOKENS = 16384              # computed at once at most, or one prompt
+
+
 @torch.no_grad()
 def sample_responses(model, tokenizer, prompts, wanted, max_new_tokens, *, temperature=0.0,
                      top_p=1.0, seeds=None, rows=64):
@@ -281,17 +284,20 @@ def sample_responses(model, tokenizer, prompts, wanted, max_new_tokens, *, tempe
             free = rows - len(work)
             new = waiting[:free]
             waiting = waiting[free:]
-            if new:
-                once = list(dict.fromkeys(i for i, _ in new))
+            prompts_left = list(dict.fromkeys(i for i, _ in new))
+            while prompts_left:
+                n = max(1, PROMPT_TOKENS // len(ids[prompts_left[0]]))
+                once, prompts_left = prompts_left[:n], prompts_left[n:]
+                part = [(i, k) for i, k in new if i in once]
                 start = Decoder(model, [ids[i] for i in once])
-                start.keep([once.index(i) for i, _ in new])
+                start.keep([once.index(i) for i, _ in part])
                 if work:
                     decoder.append(start)
                 else:
                     decoder = start
-            for i, k in new:
-                random = np.random.Generator(np.random.Philox(key=[seeds[i], k]))
-                work.append(PendingAnswer(i, k, random))
+                for i, k in part:
+                    random = np.random.Generator(np.random.Philox(key=[seeds[i], k]))
+                    work.append(PendingAnswer(i, k, random))
         uniform = [w.random.random() for w in work]         # of a done row: not used
         uniform = torch.tensor(uniform, dtype=torch.float64, device=model.device)
         token = pick_token(decoder.logits, uniform, temperature, top_p)               # (R,)
@@ -325,9 +331,13 @@ def sample_continuously(model, tokenizer, prompts, wanted, max_new_tokens, *,
     with model.continuous_batching_context_manager(
             generation_config=config, block=True, timeout=5,
             continuous_batching_config=batching) as manager:
-        for i, k in wanted:
-            manager.add_request(prompt_ids(tokenizer, prompts[i]), request_id=f"{i}.{k}",
-                                max_new_tokens=max_new_tokens)
+        waiting = iter(wanted)
+
+        def request(n):
+            for i, k in itertools.islice(waiting, n):
+                manager.add_request(prompt_ids(tokenizer, prompts[i]), request_id=f"{i}.{k}",
+                                    max_new_tokens=max_new_tokens)
+        request(4 * rows)                                   # it walks through all for every token
         left = len(wanted)
         while left:
             r = manager.get_result(timeout=1)               # None: nothing yet
@@ -339,6 +349,7 @@ def sample_continuously(model, tokenizer, prompts, wanted, max_new_tokens, *,
                                  "are on disk. Try --batching padded")
             if r.is_finished():
                 left -= 1
+                request(1)
                 i, k = map(int, r.request_id.split("."))
                 yield answer_of(r.generated_tokens, i, k, stops, tokenizer)
 
@@ -950,17 +961,21 @@ def read_prompts(args, tokenizer, template):
 
 
 def on_all_ranks(work):
-    """work() on every rank. If one rank fails, all ranks stop."""
+    """work() on every rank. If one rank fails, all ranks stop. Ranks wait for days, over gloo: over
+    nccl they would keep their GPUs busy and time out."""
+    free_memory()                                           # of the training before
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
     problem = None
     try:
         work()
     except (ValueError, OSError) as error:
         problem = str(error) or type(error).__name__
-    if all_sum([problem is not None])[0]:
+    failed = torch.tensor(problem is not None).int()
+    dist.all_reduce(failed, group=group)
+    dist.destroy_process_group(group)
+    if failed:
         raise ValueError(problem or "another rank failed; its message says why")
-    gc.collect()                                            # the phase's model may be a cycle
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()                                           # of the phase's model
 
 
 def sample_phase(args, folder, policy, tokenizer, template, rows, iteration=0):

@@ -30,6 +30,8 @@ import argparse
 import collections
 import contextlib
 import ctypes
+import functools
+import gc
 import importlib
 import json
 import math
@@ -416,8 +418,9 @@ def init_distributed():
     for handler in deepspeed.utils.logging.logger.handlers:
         if getattr(handler, "stream", None) is sys.stdout:
             handler.setStream(sys.stderr)                   # stdout ends in our JSON line
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False      # gloo needs no compiler
     backend = {"cuda": "nccl", "cpu": "gloo"}[device().type]
+    if backend == "gloo":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it needs no compiler
     if not dist.is_initialized():
         group = dict(backend=backend, timeout=datetime.timedelta(hours=3))
         if "RANK" in os.environ:
@@ -605,6 +608,8 @@ def make_engine(args, module):
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=tuple(args.betas), eps=args.eps,
                                   weight_decay=args.weight_decay,
                                   fused=device().type == "cuda")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()                # peak_gib is of training alone
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     engine.train()
     return engine
@@ -1011,11 +1016,29 @@ class Run:
         log("\n".join(f"{name:>20}  {value:,.6g}" for name, value in result.items()
                       if isinstance(value, int | float)))
         dist.barrier()
-        self.engine.destroy()                               # else ZeRO's hooks keep weights alive
-        from deepspeed.runtime.zero.partition_parameters import (
-            InsertPostInitMethodToModuleSubClasses as zero_3)
-        F.linear = getattr(zero_3, "linear_bk", F.linear)   # ZeRO 3 leaves its own behind
+        release(self.engine)
         return result
+
+
+def release(engine):
+    """Undo what would keep an engine's memory: ZeRO's hooks, and what ZeRO 3 leaves behind, its
+    F.linear, its stack of modules and caches of its methods. `free_memory` then frees it."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partition_parameters import (
+        InsertPostInitMethodToModuleSubClasses as zero_3)
+    engine.destroy()
+    F.linear = getattr(zero_3, "linear_bk", F.linear)
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for x in gc.get_objects():
+        if type(x) is functools._lru_cache_wrapper and x.__module__.startswith("deepspeed"):
+            x.cache_clear()
+
+
+def free_memory():
+    """Give the memory of what is no longer used back to the device: models are cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def start_tracker(name, out, flags):

@@ -12,7 +12,6 @@ of an 8192^3 bf16 matmul measured in the same run. The last line is JSON.
 """
 import argparse
 import functools
-import gc
 import json
 import subprocess
 import sys
@@ -114,7 +113,7 @@ def reference(args, work):
         with torch.no_grad():
             logps[name] = module(batch).double()
         if name == "policy":
-            module.destroy()
+            sft.release(module)
         del module
         release()
     a, b = ((logps[x] - logps["policy"]).square().mean().sqrt().item()
@@ -185,7 +184,7 @@ def engine(args, work):
             figures[f"ZeRO {zero}, {tokens}"] = {
                 "tokens_per_s": 4 * n / spent, "mfu": 4 * flops / spent / rate,
                 "peak_gib": sft.peak_gib()}
-        trained.destroy()
+        sft.release(trained)
         del trained
         release()
     return {"ok": True, "matmul_flops": rate, **figures}
@@ -208,8 +207,8 @@ def profile(args, work):
     key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     averages = sorted(seen.key_averages(), key=lambda e: -getattr(e, key))
     waits = sum(e.count for e in averages if e.key in (
-        "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"))
-    trained.destroy()
+        "cudaStreamSynchronize", "cudaEventSynchronize"))   # the profiler's own: Device..
+    sft.release(trained)
     release()
     return {"ok": waits <= 1, "waits": waits,
             "top_us": {e.key[:60]: round(getattr(e, key)) for e in averages[:10]}}
@@ -282,11 +281,10 @@ PARTS = {f.__name__: f for f in (attention, reference, head, engine, profile, re
 
 
 def release():
-    """Between engines: memory, and torch's own F.linear, which ZeRO 3 replaces."""
+    """After a part, which may have failed: memory, and torch's own F.linear, which ZeRO 3
+    replaces."""
     torch.nn.functional.linear = LINEAR
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    sft.free_memory()
 
 
 def main():

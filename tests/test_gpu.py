@@ -78,7 +78,7 @@ def test_reference_equals_policy_in_bf16(pairs, cast, monkeypatch):
     batch, _ = dpo.Pairs(dataset, True).batch(range(4))
     with torch.no_grad():
         policy = dpo.pair_logps(engine, batch.to(sft.device()), 4).cpu()
-    engine.destroy()
+    sft.release(engine)
     frequencies = [b.dtype for name, b in engine.module.named_buffers() if "inv_freq" in name]
     assert frequencies and set(frequencies) == {torch.float32}
     loss = dpo.dpo_loss(*policy.unbind(1), *ref.unbind(1), 0.1).item() / 4

@@ -129,6 +129,14 @@ def test_shared_prompt_equals_alone(family):
     assert_same(logps(shared), alone(spec, groups), logps.model, spec)
 
 
+def test_transformers_builds_no_mask(monkeypatch):
+    """It would look for packed documents in the positions, for which a GPU's host waits."""
+    from transformers import masking_utils
+    monkeypatch.delattr(masking_utils, "find_packed_sequence_indices")
+    logps = varlen_copy(build(FAMILIES["llama"]()), checkpointing=True)
+    assert logps(kernels.layout(documents(random_ids(9, 4)))).isfinite().all()
+
+
 def test_bf16_within_its_rounding():
     """Packed bf16 against alone in bf16: no further apart than twice what bf16 itself costs alone
     against fp32 (bf16 keeps 8 bits: sums in another order move by as much as the rounding)."""

@@ -241,8 +241,9 @@ def test_finished_rows_do_not_run_out_of_learned_positions():
     assert sorted(one) == sorted(many)
 
 
-def test_a_sample_depends_on_its_seed_alone():
-    """Neither on the rows in work nor on its neighbours nor on what is missing."""
+def test_a_sample_depends_on_its_seed_alone(monkeypatch):
+    """Neither on the rows in work nor on its neighbours nor on what is missing, nor on how many
+    prompts are computed at once: here (30), (17, 5), (1) tokens."""
     model = model_that_stops("llama", [2, 3, 4, 5, 6, 7])
     prompts = random_ids(17, 1, 30, 5)
     wanted = list(itertools.product(range(4), range(5)))
@@ -254,6 +255,8 @@ def test_a_sample_depends_on_its_seed_alone():
     for part in (wanted[1::3], wanted[12:14]):
         assert sample(model, prompts, part, **settings) == {w: expected[w] for w in part}
     assert sample(model, prompts, wanted, **settings | {"seeds": [1, 8, 9, 10]}) != expected
+    monkeypatch.setattr(online_dpo, "PROMPT_TOKENS", 34)
+    assert sample(model, prompts, wanted, **settings) == expected
 
 
 def sample_policy(policy, *more, wanted=None):
@@ -280,11 +283,12 @@ def test_sampling_stops_at_the_end_of_turn_of_the_template(policy, tmp_path):
 
 
 def test_continuous_batching(policy, tmp_path):
-    """Greedy it equals the padded sampler. What a restart samples repeats no answer that is there.
-    Soft-capping, which it would ignore, is refused."""
-    padded, continuous = (sample_policy(policy, "--temperature", 0, "--batching", batching)
-                          for batching in ("padded", "continuous"))
-    assert padded == continuous
+    """Greedy it equals the padded sampler, also where most requests wait. What a restart samples
+    repeats no answer that is there. Soft-capping, which it would ignore, is refused."""
+    greedy = ("--temperature", 0, "--batching")
+    padded = sample_policy(policy, *greedy, "padded")
+    for rows in (256, 1):
+        assert sample_policy(policy, *greedy, "continuous", "--sampling-rows", rows) == padded
     assert len(padded) == 9
     settings = ("--batching", "continuous", "--temperature", 1.5)
     whole = sample_policy(policy, *settings)
@@ -984,7 +988,12 @@ def test_a_run_and_its_folder(policy, tmp_path):
     left in memory, SIGTERM as it was."""
     from deepspeed import DeepSpeedEngine
     from transformers import AutoModelForCausalLM
-    run = flags(policy, tmp_path, "--iterations", 2, "--mix", "demo-pairs:test=0.05", "--zero", 1,
+
+    def engines():
+        gc.collect()
+        return {id(x) for x in gc.get_objects() if type(x) is DeepSpeedEngine}
+    others = engines()                                      # of tests that ran before
+    run = flags(policy, tmp_path, "--iterations", 2, "--mix", "demo-pairs:test=0.05", "--zero", 3,
                 "--reference", "first", "--empty-system", 1)
     result = online_dpo.main(run)
     pairs = data.demo_rows("demo-pairs", "test")
@@ -1014,8 +1023,7 @@ def test_a_run_and_its_folder(policy, tmp_path):
     assert read_lines(folders[0] / "prompts.jsonl") != read_lines(folders[1] / "prompts.jsonl")
     assert (tmp_path / "report.png").stat().st_size > 10_000
     assert len((tmp_path / "report.md").read_text().splitlines()) == 4
-    gc.collect()
-    assert not [x for x in gc.get_objects() if type(x) is DeepSpeedEngine]
+    assert engines() <= others
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert online_dpo.main(run) == json.loads(json.dumps(result))       # finished: stored
     with pytest.raises(ValueError, match="max_new_tokens: was 8, is 9"):
