@@ -843,7 +843,7 @@ def stages(args, _):
     rows = []
     prompts = None
     before = None
-    margins_of, _ = pair_margins(args, [str(r["folder"]) for r in runs])
+    margins_of, *_ = pair_margins(args, [str(r["folder"]) for r in runs])
     for run, m in zip(runs, margins_of):
         folder = run["folder"] / "evaluate" / "exact-match"
         model = str(run["folder"])
@@ -883,8 +883,8 @@ def interval(of):
 
 # ---------------------------------------------------------------------------------------- margins
 def pair_margins(args, names):
-    """m = log pi(y_w|x) - log pi(y_l|x) in nats of --pairs' pairs under each model, (P,) each, and
-    the data's hash."""
+    """m = log pi(y_w|x) - log pi(y_l|x) in nats of --pairs' pairs under each model, (P,) each, the
+    pairs' source and row, and the data's hash."""
     args = copy_of(
         args,
         micro_tokens=default_micro_tokens(args.max_length),
@@ -897,7 +897,8 @@ def pair_margins(args, names):
     rows, key = prepare_rows(args.pairs, args, tokenizer=tokenizer, template=template, pairs=True,
                              max_prompt_length=args.max_prompt_length)
     logps = [frozen_logps(args, name, rows, tokenizer).astype(np.float64) for name in names]
-    return [x[:, 0] - x[:, 1] for x in logps], key
+    where = rows.select_columns(["source", "row"]).to_pandas()
+    return [x[:, 0] - x[:, 1] for x in logps], where, key
 
 
 def margin_summary(before, after, bins=10):
@@ -938,9 +939,9 @@ def fitted_line(x, fit):
 
 def margins(args, folder):
     """Margins of held-out pairs before and after training: scatter, binned means, degree-2 fit."""
-    (before, after), key = pair_margins(args, [args.before, args.after])
+    (before, after), where, key = pair_margins(args, [args.before, args.after])
     s = margin_summary(before, after)
-    pandas.DataFrame({"before": before, "after": after}).to_json(
+    where.assign(before=before, after=after).to_json(
         folder / "margins.jsonl", orient="records", lines=True)
     bins = pandas.DataFrame(s["bins"], dtype=float)
     series = {f"{len(before)} pairs": (before, after - before, "."),

@@ -9,12 +9,14 @@ import gzip
 import importlib
 import json
 import sys
+import typing
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
+import pandas
 
 import data
 from bench_demo import paired_bootstrap
@@ -117,6 +119,62 @@ def judged_pairs(args, split, longest=1200):
     return [r for r in rows if sum(len(r[k]) for k in ("prompt", "chosen", "rejected")) <= longest]
 
 
+JUDGED_DPO = dict(lr=1e-5, batch_size=8, max_length=512, max_prompt_length=256, micro_tokens=1024)
+
+
+def judged_dpo(args, model, seed, pairs, steps, beta):
+    """The folder of a DPO run of a model on so many judged pairs of AlpacaEval, without equal ones:
+    the studies of margins, of beta, and of data size and steps share these runs."""
+    rows, folder = judged_pairs(args, "train", 800), args.work / f"judged-{seed}"
+    distinct = {json.dumps(rows[i]): rows[i] for i in data.permutation(len(rows), seed)}
+    train = write_rows(folder / f"{pairs}-pairs.jsonl", list(distinct.values())[:pairs])
+    output = folder / f"dpo-{pairs}-pairs-{steps}-steps-beta-{beta}"
+    held_out = {"eval_data": "demo-pairs:test=0.02"} if args.quick else {}
+    result = stage(args, "dpo", model=model, data=train, seed=seed, max_steps=steps, beta=beta,
+                   num_proc=1, output=output, **JUDGED_DPO, **held_out)
+    assert result["pairs"] == pairs, (result["pairs"], pairs)       # what evaluate.py curve reads
+    return output
+
+
+def raised(args, run, held):
+    """{row: 0 or 1} of a .jsonl file of unseen pairs, in the file's order from 1: whether training
+    raised the better answer more, r_w > r_l. Equal rows count once."""
+    folder = args.work / "raised" / held.stem / run.relative_to(args.work)
+    evaluation(args, "margins", args.model, run, data=held, output=folder, num_proc=1,
+               max_length=512, max_prompt_length=256, dtype="fp32")
+    pairs = pandas.read_json(folder / "margins.jsonl", lines=True).set_index("row").sort_index()
+    return (pairs.after > pairs.before).astype(float)
+
+
+def judged_accuracies(args, run):
+    """(prompts,) in one order for all runs of --model: the share of r_w > r_l of each unseen
+    prompt's pairs. The mean stays beside the model, for evaluate.py curve."""
+    rows = judged_pairs(args, "test", 800)
+    right = raised(args, run, write_rows(args.work / "judged-held-out.jsonl", rows))
+    prompts = [str(rows[row - 1]["prompt"]) for row in right.index]
+    shares = right.groupby(prompts, sort=False).mean().to_numpy()
+    data.write_json(run / "evaluate/judged-accuracy/result.json", {"score": 100 * shares.mean()})
+    return shares
+
+
+class Task(typing.NamedTuple):
+    """What a study of DPO trains and how it scores a run."""
+    start: Path
+    dpo: typing.Callable                # (args, start, seed, pairs, steps, beta) -> run's folder
+    scores: typing.Callable             # (args, run) -> (prompts,)
+    name: str
+    score: str                          # name of what is scored
+    suffix: str                         # of the study's files
+
+
+def task(args):
+    """The demo's; with --model, that model on AlpacaEval's judged pairs."""
+    if args.model:
+        return Task(args.model, judged_dpo, judged_accuracies, "judged pairs", "judged-accuracy",
+                    "-judged")
+    return Task(demo_sft(args), demo_dpo, exact_matches, "demo", "exact-match", "")
+
+
 def write_rows(path, rows):
     """Rows as a .jsonl file for --data; its name."""
     data.write_lines(path, map(json.dumps, rows))
@@ -144,6 +202,10 @@ def error_bars(x, intervals, style):
     """Means with intervals over x, a series of data.figure."""
     t = np.array([[of["mean"], of["low"], of["high"]] for of in intervals])
     return x, t[:, 0], style, np.abs(t[:, 1:] - t[:, :1]).T
+
+
+def seeds_of(seeds):
+    return f"{len(seeds)} seed" + "s" * (len(seeds) > 1)
 
 
 def verdict(of, expected=1):

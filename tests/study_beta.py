@@ -1,20 +1,24 @@
 """Study: DPO's beta at two data sizes (LIONs, section 3: a high beta hurts, and the best beta
 hardly moves with the data size, so that a small subset serves to tune it).
 
-    python tests/study_beta.py
+    python tests/study_beta.py                                the demo's task
+    python tests/study_beta.py --model SMOLLM2 --data DIR --seeds 42         judged pairs
 
-The demo's task, DPO from one SFT model, equal steps at both sizes. Score: exact match of greedy
-answers on held-out prompts. --tune compares learning rates on prompts of the training split, which
-no table reports.
+DPO from one model on the demo's or AlpacaEval's pairs, equal steps at both sizes. Score: exact
+match of greedy answers on held-out prompts; with --model the share of unseen judged pairs with r_w
+> r_l, the mean over prompts, and the steps of one epoch of the larger size. That is a reward
+accuracy, not a benchmark. --tune compares learning rates on prompts of the training split, which no
+table reports.
 """
 import sys
 
 import numpy as np
 
-from studies import (arguments, data, demo_dpo, demo_sft, difference, error_bars, exact_matches,
-                     finish, interval, mean_interval, run_main, stage, verdict, write_rows)
+from studies import (arguments, data, demo_sft, difference, error_bars, exact_matches, finish,
+                     interval, mean_interval, run_main, seeds_of, stage, task, verdict, write_rows)
 
 BETAS, SIZES, STEPS = (0.02, 0.1, 0.5, 2.5, 12.5), (250, 4000), 64
+JUDGED_BETAS, JUDGED_SIZES, JUDGED_STEPS = (0.1, 0.5, 2.5), (40, 160), 20
 HIGH, LOW = 2.5, 0.1                             # the two that the first verdict compares
 
 
@@ -67,15 +71,17 @@ def main(argv=None):
     if args.tune:
         return tune(args)
     sizes, betas, steps = SIZES, BETAS, STEPS
+    if args.model:
+        sizes, betas, steps = JUDGED_SIZES, JUDGED_BETAS, JUDGED_STEPS
     if args.quick:
         sizes, betas, steps = (16, 64), (LOW, HIGH), 2
-    sft = demo_sft(args)
+    study = task(args)
     scores = {size: {beta: [] for beta in betas} for size in sizes}
     for seed in args.seeds:
         for size in sizes:
             for beta in betas:
-                run = demo_dpo(args, sft, seed, size, steps, beta)
-                scores[size][beta].append(exact_matches(args, run))
+                run = study.dpo(args, study.start, seed, size, steps, beta)
+                scores[size][beta].append(study.scores(args, run))
     scores = {size: {beta: np.array(of) for beta, of in by_beta.items()}
               for size, by_beta in scores.items()}
     result = summary(scores, args.seeds) | {"steps": steps}
@@ -88,9 +94,9 @@ def main(argv=None):
                      f"{HIGH} against {LOW}": interval(of["high_against_low"]),
                      "highest against the next": interval(of["highest_against_next"])})
     panels = [{"series": series, "xscale": "log", "xlabel": "beta",
-               "ylabel": "exact match (%), 95% interval",
-               "title": f"demo, {steps} steps, {len(args.seeds)} seeds"}]
-    return finish(args, "beta", result, panels, rows)
+               "ylabel": f"{study.score.replace('-', ' ')} (%), 95% interval",
+               "title": f"{study.name}, {steps} steps, {seeds_of(args.seeds)}"}]
+    return finish(args, f"beta{study.suffix}", result, panels, rows)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ intervals are evaluate.py's margin_summary.
 import numpy as np
 
 import study_scaling
-from studies import (arguments, data, demo_dpo, demo_sft, evaluation, finish, json, judged_pairs,
-                     run_main, stage, write_rows)
+from studies import (arguments, data, demo_dpo, demo_sft, evaluation, finish, json, judged_dpo,
+                     judged_pairs, run_main, write_rows)
 
 STEPS, TRAIN_PAIRS, HELD_PAIRS = (5, 20, 80), 160, 300
 
@@ -28,14 +28,7 @@ def runs_of(args):
         sft = demo_sft(args)
         runs = {n: demo_dpo(args, sft, seed, pairs, n, study_scaling.BETA) for n in steps}
         return sft, runs, held, {}
-    flags = dict(model=args.model, seed=seed, batch_size=8, lr=1e-5, beta=0.1, max_length=512,
-                 max_prompt_length=256, micro_tokens=1024, num_proc=1)
-    rows = judged_pairs(args, "train", 800)
-    rows = [rows[i] for i in data.permutation(len(rows), seed)[:TRAIN_PAIRS]]
-    train = write_rows(args.work / "margins" / "train.jsonl", rows)
-    runs = {n: args.work / "margins" / f"{n}-steps" for n in STEPS}
-    for n, output in runs.items():
-        stage(args, "dpo", **flags, data=train, max_steps=n, output=output)
+    runs = {n: judged_dpo(args, args.model, seed, TRAIN_PAIRS, n, 0.1) for n in STEPS}
     held = judged_pairs(args, "test", 800)
     held = [held[i] for i in data.permutation(len(held), 0)[:2 * HELD_PAIRS]]
     return args.model, runs, held, dict(max_length=512, max_prompt_length=256, dtype="fp32")

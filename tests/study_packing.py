@@ -6,8 +6,9 @@ template, whose tokens begin every row).
 
 A small Llama with byte tokens, from scratch, on GSM8K's questions and answers. Arms: {packing, one
 document a row} x {loss on answers, on all tokens}; equal epochs, so that padding takes more and
-smaller steps, as in the paper. Score: bits per byte of held-out answers, under the template of
-training (ChatML) and under one that no run has seen (question / answer lines).
+smaller steps, as in the paper. The last arm has as many documents a step as packing. Score: bits
+per byte of held-out answers, under the template of training (ChatML) and under one that no run has
+seen (question / answer lines).
 """
 import gzip
 import math
@@ -18,8 +19,9 @@ import numpy as np
 from studies import (arguments, data, difference, error_bars, finish, interval, json, mean_interval,
                      run_main, stage, verdict, write_rows)
 
-ARMS = {"packing, mask": ("bfd", "assistant"), "packing, no mask": ("bfd", "all"),
-        "padding, mask": ("none", "assistant"), "padding, no mask": ("none", "all")}
+ARMS = {"packing, mask": ("bfd", "assistant", 8), "packing, no mask": ("bfd", "all", 8),
+        "padding, mask": ("none", "assistant", 8), "padding, no mask": ("none", "all", 8),
+        "padding, mask, fewer steps": ("none", "assistant", 14)}
 SIZES, HELD = (150, 600), 100
 PLAIN = ("{% for m in messages %}{{ {'user': 'Question', 'assistant': 'Answer', 'system': 'Note'}"
          "[m['role']] + ': ' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
@@ -66,11 +68,11 @@ def main(argv=None):
     for size in sizes:
         path = write_rows(args.work / f"packing-{size}.jsonl", conversations(args, "train", size))
         for seed in args.seeds:
-            for arm, (packing, loss_on) in ARMS.items():
-                output = args.work / f"packing-{seed}" / f"{size}-{packing}-{loss_on}"
-                stage(args, "sft", model="demo", data=path, epochs=epochs, lr=3e-3, batch_size=8,
-                      max_length=1024, seed=seed, packing=packing, loss_on=loss_on, num_proc=1,
-                      output=output)
+            for arm, (packing, loss_on, batch) in ARMS.items():
+                output = args.work / f"packing-{seed}" / f"{size}-{packing}-{loss_on}-{batch}"
+                stage(args, "sft", model="demo", data=path, epochs=epochs, lr=3e-3, seed=seed,
+                      batch_size=batch, max_length=1024, packing=packing, loss_on=loss_on,
+                      num_proc=1, output=output)
                 for name, template in templates.items():
                     bits.setdefault((size, arm, name), []).append(
                         bits_per_byte(args, output, held, template))
@@ -90,12 +92,12 @@ def main(argv=None):
                     result["verdict"][key] = verdict(against)
     panels = []
     for name in templates:
-        series = {f"{size} documents": error_bars(
-            np.arange(4) + 0.1 * i, [result["cells"][f"{size}, {arm}, {name}"]["bits"]
-                                     for arm in ARMS], f"C{i}o") for i, size in enumerate(sizes)}
+        x, series = np.arange(len(ARMS)), {}
+        for i, size in enumerate(sizes):
+            of = [result["cells"][f"{size}, {arm}, {name}"]["bits"] for arm in ARMS]
+            series[f"{size} documents"] = error_bars(x + 0.1 * i, of, f"C{i}o")
         panels.append({"series": series, "title": name, "ylabel": "bits per byte, 95% interval",
-                       "xticks": np.arange(4),
-                       "xticklabels": [arm.replace(", ", "\n") for arm in ARMS]})
+                       "xticks": x, "xticklabels": [arm.replace(", ", "\n") for arm in ARMS]})
     return finish(args, "packing", result, panels, rows, 2)
 
 

@@ -20,7 +20,7 @@ import sys
 
 import numpy as np
 
-from studies import (arguments, data, difference, evaluation, finish, interval, json, judged_pairs,
+from studies import (arguments, data, difference, finish, interval, json, judged_pairs, raised,
                      run_main, stage, verdict, write_rows)
 
 KINDS = {
@@ -138,14 +138,6 @@ def scores(answered):
     return np.array([satisfied(prompt, [a["text"]], None)[0] for prompt, a in answered])
 
 
-def raised(args, model, pairs, folder):
-    """(pairs,) 1 if training raised the better answer more than the worse: r_w > r_l."""
-    evaluation(args, "margins", args.model, model, data=pairs, max_length=512, num_proc=1,
-               max_prompt_length=256, dtype="fp32", output=folder)
-    rows = map(json.loads, (folder / "margins.jsonl").open())
-    return np.array([float(row["after"] > row["before"]) for row in rows])
-
-
 def one_seed(args, seed, held, pairs, train, n_prompts):
     """Both arms of a seed: {arm: what was measured}."""
     folder = args.work / f"real-{seed}"
@@ -156,7 +148,7 @@ def one_seed(args, seed, held, pairs, train, n_prompts):
         data=write_rows(folder / "pairs.jsonl", judged), output=folder / "offline"))
     models = {"online": folder / "online/iteration-1", "offline": folder / "offline"}
     found = {arm: {"answers": answers(args, model, held, folder / f"answers-{arm}"),
-                   "raised": raised(args, model, pairs, folder / f"margins-{arm}")}
+                   "raised": raised(args, model, pairs)}
              for arm, model in models.items()}
     keys = ("pairs", "yield", "distinct", "score_all", "length_all", "sample_seconds",
             "train_seconds", "seconds")

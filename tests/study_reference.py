@@ -1,22 +1,20 @@
-"""Study: DPO's reference and the sequence length (LIONs, section 3: SFT on the chosen answers or
-one DPO before, as the reference, help slightly; a reference with another tokenizer serves as well;
-longer rows help clearly).
+"""Study: DPO's reference (LIONs, section 3: SFT on the chosen answers or one DPO before, as the
+reference, help slightly; a reference with another tokenizer serves as well).
 
-    python tests/study_reference.py                              the references, on the demo's task
-    python tests/study_reference.py --model SMOLLM2 --data DIR     also the length, judged pairs
+    python tests/study_reference.py
 
-Policy: the demo's SFT model of the seed, in every arm; only --ref differs. The foreign reference is
-a small Llama with a byte-pair vocabulary of its own, SFT on the same conversations. Score: exact
-match of greedy answers on held-out prompts; for the length, the share of unseen judged pairs of any
-length with r_w > r_l, scored at 512 tokens.
+Policy: the demo's SFT model, in every arm; only --ref differs. The foreign reference is a small
+Llama with a byte-pair vocabulary of its own, SFT on the same conversations. The demo's answers have
+five tokens, log-ratios of one nat, and at the paper's beta, 0.1, a reference hardly moves the
+loss's weight sigmoid(r_l - r_w) from 1/2. So a second beta makes r of order one, as it is for long
+answers. Score: exact match of greedy answers on held-out prompts.
 """
 import numpy as np
 
-from studies import (DEMO_DPO, arguments, data, demo_sft, difference, error_bars, evaluation,
-                     exact_matches, finish, interval, json, judged_pairs, mean_interval, run_main,
-                     stage, verdict, write_rows)
+from studies import (DEMO_DPO, arguments, data, demo_sft, difference, error_bars, exact_matches,
+                     finish, interval, mean_interval, run_main, stage, verdict, write_rows)
 
-PAIRS, LENGTHS, LENGTH_PAIRS = 1000, (256, 512), 96
+PAIRS, BETAS = 1000, (0.1, 2.5)
 
 
 def foreign_base(args, seed):
@@ -47,73 +45,59 @@ def foreign_base(args, seed):
 
 
 def references(args, sft, seed, pairs, n_conversations):
-    """{arm: reference folder}."""
+    """{arm: reference folder} of the references that no DPO run is."""
     folder = args.work / f"demo-{seed}" / "study-reference"
-    made = {"pi_sft": sft} | {arm: folder / arm for arm in ("sft-on-chosen", "dpo-once", "foreign")}
-    stage(args, "sft", preset="demo", model=sft, data=pairs, seed=seed, lr=3e-4, num_proc=1,
-          eval_data="demo:test=0.05", output=made["sft-on-chosen"])
-    stage(args, "dpo", **demo_flags(seed, pairs), model=sft, output=made["dpo-once"])
+    flags = dict(preset="demo", seed=seed, num_proc=1, eval_data="demo:test=0.05")
     conversations = write_rows(folder / "conversations.jsonl",
                                data.demo_conversations(n_conversations))
-    stage(args, "sft", preset="demo", model=foreign_base(args, seed), data=conversations, seed=seed,
-          num_proc=1, eval_data="demo:test=0.05", output=made["foreign"])
-    return made
+    made = {arm: folder / arm for arm in ("sft-on-chosen", "foreign")}
+    stage(args, "sft", model=sft, data=pairs, lr=3e-4, output=made["sft-on-chosen"], **flags)
+    stage(args, "sft", model=foreign_base(args, seed), data=conversations, output=made["foreign"],
+          **flags)
+    return {"pi_sft": sft} | made
 
 
-def demo_flags(seed, pairs):
-    return dict(DEMO_DPO, preset="demo", data=pairs, seed=seed, beta=0.1, num_proc=1,
-                eval_data="demo-pairs:test=0.05")
-
-
-def length_study(args):
-    """{length: {"score", ..}} and the difference, on judged pairs of up to 2,400 characters."""
-    rows, folder = judged_pairs(args, "train", 2400), args.work / "length"
-    held = list({str(row["prompt"]): row for row in judged_pairs(args, "test", 2400)}.values())
-    held, scores = write_rows(folder / "held-out.jsonl", held), {n: [] for n in LENGTHS}
-    for seed in args.seeds:
-        part = [rows[i] for i in data.permutation(len(rows), seed)[:LENGTH_PAIRS]]
-        train = write_rows(folder / f"{seed}.jsonl", part)
-        for n in LENGTHS:
-            output = folder / f"{seed}-{n}"
-            stage(args, "dpo", model=args.model, data=train, seed=seed, batch_size=8, lr=1e-5,
-                  beta=0.1, max_length=n, max_prompt_length=128, num_proc=1, output=output)
-            margins = folder / "margins" / output.name
-            evaluation(args, "margins", args.model, output, data=held, max_length=512, dtype="fp32",
-                       max_prompt_length=128, num_proc=1, output=margins)
-            points = map(json.loads, (margins / "margins.jsonl").open())
-            scores[n].append([float(p["after"] > p["before"]) for p in points])
-    long, short = (np.array(scores[n]) for n in reversed(LENGTHS))
-    return {"score": {n: mean_interval(np.array(of)) for n, of in scores.items()},
-            "long_against_short": difference(long, short)}
+def arm_scores(args, sft, seed, pairs, refs, beta):
+    """{arm: (prompts,)} of the policies that DPO trains with each reference. The first arm's policy
+    is the reference of the last arm, dpo-once."""
+    folder, scores = args.work / f"demo-{seed}" / "study-reference", {}
+    for arm, ref in [*refs.items(), ("dpo-once", folder / f"from-pi_sft-beta-{beta}")]:
+        output = folder / f"from-{arm}-beta-{beta}"
+        stage(args, "dpo", preset="demo", model=sft, ref=ref, data=pairs, seed=seed, beta=beta,
+              num_proc=1, eval_data="demo-pairs:test=0.05", output=output, **DEMO_DPO)
+        scores[arm] = exact_matches(args, output)
+    return scores
 
 
 def main(argv=None):
     args = arguments(__doc__, argv)
     n_pairs, n_conversations = (32, 100) if args.quick else (PAIRS, 20000)
-    pairs, scores = write_rows(args.work / "reference.jsonl", data.demo_pairs(n_pairs, 300)), {}
-    sft = demo_sft(args)
+    pairs = write_rows(args.work / "reference.jsonl", data.demo_pairs(n_pairs, 300))
+    sft, scores = demo_sft(args), {}
     for seed in args.seeds:
-        for arm, ref in references(args, sft, seed, pairs, n_conversations).items():
-            output = args.work / f"demo-{seed}" / "study-reference" / f"from-{arm}"
-            stage(args, "dpo", **demo_flags(seed, pairs), model=sft, ref=ref,
-                  output=output)
-            scores.setdefault(arm, []).append(exact_matches(args, output))
-    scores = {arm: np.array(of) for arm, of in scores.items()}                  # (seeds, prompts)
-    result = {"seeds": args.seeds, "arms": {}, "verdict": {}}
-    for arm, of in scores.items():
-        against = difference(of, scores["pi_sft"])
-        result["arms"][arm] = {"score": mean_interval(of), "against pi_sft": against}
-        if arm != "pi_sft":
-            result["verdict"][f"{arm} helps"] = verdict(against)
-    if args.model and not args.quick:
-        result["length"] = length_study(args)
-        result["verdict"]["longer rows help"] = verdict(result["length"]["long_against_short"])
-    rows = [{"reference": arm, "exact match %": interval(of["score"], ".1f"),
-             "against pi_sft": interval(of["against pi_sft"])}
-            for arm, of in result["arms"].items()]
-    x = np.arange(len(scores))
-    panels = [{"series": {"": error_bars(x, [of["score"] for of in result["arms"].values()], "o")},
-               "xticks": x, "xticklabels": list(scores), "title": "the demo's task, by reference",
+        refs = references(args, sft, seed, pairs, n_conversations)
+        for beta in BETAS:
+            for arm, of in arm_scores(args, sft, seed, pairs, refs, beta).items():
+                scores.setdefault((beta, arm), []).append(of)
+    scores = {cell: np.array(of) for cell, of in scores.items()}                # (seeds, prompts)
+    result, rows = {"seeds": args.seeds, "arms": {}, "verdict": {}}, []
+    for (beta, arm), of in scores.items():
+        against, name = difference(of, scores[beta, "pi_sft"]), f"{arm}, beta {beta}"
+        result["arms"][name] = {"score": mean_interval(of), "against pi_sft": against}
+        rows.append({"reference": arm, "beta": beta, "against pi_sft": interval(against),
+                     "exact match %": interval(result["arms"][name]["score"], ".1f")})
+        if arm == "foreign":
+            known = verdict(against) != "undecided"
+            result["verdict"][f"{name}, serves as well"] = "disagrees" if known else "undecided"
+        elif arm != "pi_sft":
+            result["verdict"][f"{name}, helps"] = verdict(against)
+    arms = [arm for beta, arm in scores if beta == BETAS[0]]
+    x, series = np.arange(len(arms)), {}
+    for n, beta in enumerate(BETAS):
+        of = [result["arms"][f"{arm}, beta {beta}"]["score"] for arm in arms]
+        series[f"beta {beta}"] = error_bars(x + 0.1 * n, of, f"C{n}o")
+    panels = [{"series": series, "xticks": x, "xticklabels": arms,
+               "title": "the demo's task, by reference",
                "ylabel": "exact match (%), 95% interval"}]
     return finish(args, "reference", result, panels, rows)
 

@@ -9,8 +9,8 @@ Score: share of unseen judged pairs, one a prompt, with r_w > r_l after training
 """
 import numpy as np
 
-from studies import (arguments, data, demo_sft, difference, error_bars, evaluation, finish,
-                     interval, json, judged_pairs, mean_interval, run_main, stage, verdict,
+from studies import (JUDGED_DPO, arguments, data, demo_sft, difference, error_bars, finish,
+                     interval, judged_pairs, mean_interval, raised, run_main, stage, verdict,
                      write_rows)
 
 METHODS = ("random", "longest", "alpagasus", "argilla", "a2", "deita")
@@ -27,14 +27,6 @@ def rated_pairs(args):
     return rows
 
 
-def raised(args, model, held, folder):
-    """(pairs,) 1 if training raised the better answer more: r_w > r_l."""
-    evaluation(args, "margins", args.model, model, data=held, output=folder, num_proc=1,
-               max_length=512, max_prompt_length=256, dtype="fp32")
-    rows = map(json.loads, (folder / "margins.jsonl").open())
-    return np.array([float(row["after"] > row["before"]) for row in rows])
-
-
 def main(argv=None):
     args = arguments(__doc__, argv)
     budget, methods, held_out = BUDGET, METHODS, {}
@@ -44,7 +36,7 @@ def main(argv=None):
     folder, candidates = args.work / "selection", rated_pairs(args)
     candidates = write_rows(folder / "candidates.jsonl", candidates)
     one_a_prompt = {str(row["prompt"]): row for row in judged_pairs(args, "test", 800)}
-    held = write_rows(folder / "held-out.jsonl", list(one_a_prompt.values())[:HELD])
+    held = write_rows(args.work / "selection-held-out.jsonl", list(one_a_prompt.values())[:HELD])
     arms = [(method, budget) for method in methods] + [("random", TIMES * budget)]
     scores = {}
     for seed in args.seeds:
@@ -57,11 +49,9 @@ def main(argv=None):
                                         args.model)
             stage_data(args, method=method, budget=n, data=candidates, seed=seed, model=args.model,
                        output=selected, **scorers)
-            stage(args, "dpo", model=args.model, data=selected / "rows.jsonl", seed=seed,
-                  batch_size=8, lr=1e-5, beta=0.1, max_length=512, max_prompt_length=256,
-                  micro_tokens=1024, num_proc=1, output=output, **held_out)
-            scores.setdefault(f"{method} {n}", []).append(
-                raised(args, output, held, folder / "margins" / output.name))
+            stage(args, "dpo", model=args.model, data=selected / "rows.jsonl", seed=seed, beta=0.1,
+                  num_proc=1, output=output, **JUDGED_DPO, **held_out)
+            scores.setdefault(f"{method} {n}", []).append(raised(args, output, held))
     scores = {arm: np.array(of) for arm, of in scores.items()}                  # (seeds, pairs)
     base, most = (scores[f"random {n}"] for n in (budget, TIMES * budget))
     result = {"seeds": args.seeds, "arms": {}, "verdict": {}}

@@ -876,11 +876,12 @@ def test_margins_equal_stock_transformers(runs, tmp_path):
     result = evaluate.main(["margins", *names, "--data", str(tmp_path / "pairs.jsonl"),
                             "--output", str(tmp_path), "--cache-dir", str(tmp_path / "cache")])
     tokenizer = data.load_tokenizer(names[0])
-    rows = read_lines(tmp_path / "margins.jsonl")
+    rows = sorted(read_lines(tmp_path / "margins.jsonl"), key=lambda row: row["row"])
+    assert {row["source"] for row in rows} == {str(tmp_path / "pairs.jsonl")}
     for which, name in zip(("before", "after"), names):
         model = AutoModelForCausalLM.from_pretrained(name)
-        expected = sorted(plain_margin(model, tokenizer, pair) for pair in pairs)
-        assert sorted(row[which] for row in rows) == pytest.approx(expected, abs=2e-4)
+        expected = [plain_margin(model, tokenizer, pair) for pair in pairs]
+        assert [row[which] for row in rows] == pytest.approx(expected, abs=2e-4)
         assert result[f"margin_{which}"] == pytest.approx(np.mean(expected), abs=2e-4)
     assert (tmp_path / "margins.png").stat().st_size > 10_000
 
