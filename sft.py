@@ -1030,7 +1030,7 @@ def release(engine):
     F.linear = getattr(zero_3, "linear_bk", F.linear)
     parameter_offload.FWD_MODULE_STACK.clear()
     for x in gc.get_objects():
-        if type(x) is functools._lru_cache_wrapper and x.__module__.startswith("deepspeed"):
+        if type(x) is functools._lru_cache_wrapper and "deepspeed" in str(x.__module__):
             x.cache_clear()
 
 

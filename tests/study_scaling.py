@@ -37,8 +37,8 @@ def curve_panel(result, study):
             np.log(steps), list(of["score"].values()), f"C{n}o")
         grid = np.linspace(*np.log(steps[[0, -1]]), 100)
         fitted = np.polyval(of["fit"]["coefficients"][::-1], grid)
-        label = f"fit, maximum at {of['saturation']}".replace("maximum at no", "no")
-        series[label] = (grid, fitted, f"C{n}:")
+        at = "maximum at " * of["fit"]["maximum"] + of["saturation"]
+        series[f"fit of {int(size):,}, {at}"] = (grid, fitted, f"C{n}:")
     return {"series": series, "xticks": np.log(steps), "xticklabels": steps,
             "xlabel": "optimiser steps of 8 pairs, log scale",
             "ylabel": f"{study.score.replace('-', ' ')} (%), 95% interval",
