@@ -1844,8 +1844,7 @@ class Scorer:
             elif self.kind == "embedding":
                 value = self.model.base_model(ids).last_hidden_state[0, -1]      # (D,)
             else:
-                logits = self.model(ids, logits_to_keep=1).logits[0, -1]         # (V,)
-                p = logits[self.digits].double().softmax(-1)
+                p = self.model(ids).logits[0, -1, self.digits].double().softmax(-1)
                 value = (p * torch.arange(1, 7, device=p.device)).sum()
         if not value.isfinite().all():
             raise ValueError(f"{self.kind} of {text[:80]!r} is not finite; try float32 weights")

@@ -287,7 +287,7 @@ def check_step_0(args, now):
     """With the policy as reference the first loss is dpo_loss at 0, ln 2 for sigmoid, or something
     differs between the two."""
     allowed = {"fp32": 1e-5, "bf16": 0.01}[args.dtype]
-    if args.loss == "sigmoid" and not args.length_normalise:
+    if args.dtype == "bf16" and not args.length_normalise:
         allowed *= max(1, args.beta / 0.1)                  # rounding counts times beta
     if args.loss == "ipo":
         allowed *= 2 / args.beta ** 2                       # its slope at 0 beside sigmoid's 1/2

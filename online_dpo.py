@@ -31,6 +31,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -960,20 +961,27 @@ def read_prompts(args, tokenizer, template):
     return list(rows.values()), key
 
 
+@functools.cache
+def waiting_group(world):
+    """All ranks of the world, over gloo: over nccl those that wait would keep their GPUs busy."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=3))
+
+
 def on_all_ranks(work):
-    """work() on every rank. If one rank fails, all ranks stop. Ranks wait for days, over gloo: over
-    nccl they would keep their GPUs busy and time out."""
+    """work() on every rank. If one rank fails, all ranks stop. Ranks that are done wait, for days
+    if need be."""
     free_memory()                                           # of the training before
-    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    group = waiting_group(dist.group.WORLD)
     problem = None
     try:
         work()
     except (ValueError, OSError) as error:
         problem = str(error) or type(error).__name__
-    failed = torch.tensor(problem is not None).int()
-    dist.all_reduce(failed, group=group)
-    dist.destroy_process_group(group)
-    if failed:
+    failed = torch.tensor([problem is not None]).int()
+    options = dist.AllreduceOptions()
+    options.timeout = datetime.timedelta(days=30)
+    group.allreduce([failed], options).wait()
+    if failed[0]:
         raise ValueError(problem or "another rank failed; its message says why")
     free_memory()                                           # of the phase's model
 

@@ -1035,6 +1035,26 @@ def count_lines(folder, name):
     return sum(file.read_bytes().count(b"\n") for file in files)
 
 
+WAIT = """
+import datetime, sys, time
+sys.path.insert(0, {root!r})
+import online_dpo, sft, torch.distributed as dist
+rank, _ = sft.init_distributed()
+group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=2))
+online_dpo.waiting_group = lambda world: group
+online_dpo.on_all_ranks(lambda: time.sleep(6 * rank))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_waits_longer_than_a_collective_may_take(tmp_path):
+    """6 s, in a group whose collectives may take 2."""
+    script = tmp_path / "wait.py"
+    script.write_text(WAIT.format(root=str(Path(data.__file__).parent)))
+    processes = start_ranks(str(script), [], 2, tmp_path / "log")
+    assert [p.wait(120) for p in processes] == [0, 0], (tmp_path / "log.0.log").read_text()[-2000:]
+
+
 def run_with_kills(policy, out, ranks, kills, *more):
     """A run that dies by SIGKILL whenever a file of a phase has so many lines, each time with torn
     last lines, and is started again. What was on disk stays. Returns its iteration's folder."""
