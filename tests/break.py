@@ -1169,7 +1169,7 @@ class Started:
                 f"{self.log}.{rank}" if rank else str(self.log), of_rank if ranks > 1 else {}))
 
     def text(self):
-        return self.log.read_text() if self.log.exists() else ""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def phase(self):
         text = self.text()
