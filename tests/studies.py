@@ -43,14 +43,19 @@ def arguments(description, argv, tune=None):
     return args
 
 
-def stage(args, script, **flags):
-    """The result of a script under these flags: --max-steps 5 is max_steps=5."""
+def argv_of(flags):
+    """max_steps=5 as --max-steps 5."""
     argv = []
     for name, value in flags.items():
         values = value if isinstance(value, list) else [value]
         argv += [f"--{name.replace('_', '-')}", *map(str, values)]
-    cache = ["--cache-dir", str(args.work / "cache")]
-    result = importlib.import_module(script).main([*argv, *cache])
+    return argv
+
+
+def stage(args, script, *command, **flags):
+    """The result of a script under these flags."""
+    argv = [*command, *argv_of(flags), "--cache-dir", str(args.work / "cache")]
+    result = importlib.import_module(script).main(argv)
     if result.get("stopped"):
         sys.exit(f"stopped in {result['output']}; the same command continues")
     return result
@@ -61,10 +66,7 @@ def evaluation(args, command, *models, **flags):
     import evaluate
     if command not in ("curve", "report"):
         flags["cache_dir"] = args.work / "cache"
-    argv = [command, *map(str, models)]
-    for name, value in flags.items():
-        argv += [f"--{name.replace('_', '-')}", str(value)]
-    return evaluate.main(argv)
+    return evaluate.main([command, *map(str, models), *argv_of(flags)])
 
 
 def demo_sft(args):
@@ -122,16 +124,27 @@ def judged_pairs(args, split, longest=1200):
 JUDGED_DPO = dict(lr=1e-5, batch_size=8, max_length=512, max_prompt_length=256, micro_tokens=1024)
 
 
-def judged_dpo(args, model, seed, pairs, steps, beta):
-    """The folder of a DPO run of a model on so many judged pairs of AlpacaEval, without equal ones:
+def dpo_on_judged(args, output, train, seed, **flags):
+    """The result of DPO of --model on a file of judged pairs, by JUDGED_DPO and flags."""
+    if args.quick:
+        flags["eval_data"] = "demo-pairs:test=0.02"
+    return stage(args, "dpo", model=args.model, data=train, seed=seed, num_proc=1, output=output,
+                 **dict(JUDGED_DPO, beta=0.1) | flags)
+
+
+def one_a_prompt(rows):
+    """The last row of each prompt, in order."""
+    return list({str(row["prompt"]): row for row in rows}.values())
+
+
+def judged_dpo(args, _, seed, pairs, steps, beta):
+    """The folder of a DPO run of --model on so many judged pairs of AlpacaEval, without equal ones:
     the studies of margins, of beta, and of data size and steps share these runs."""
     rows, folder = judged_pairs(args, "train", 800), args.work / f"judged-{seed}"
     distinct = {json.dumps(rows[i]): rows[i] for i in data.permutation(len(rows), seed)}
     train = write_rows(folder / f"{pairs}-pairs.jsonl", list(distinct.values())[:pairs])
     output = folder / f"dpo-{pairs}-pairs-{steps}-steps-beta-{beta}"
-    held_out = {"eval_data": "demo-pairs:test=0.02"} if args.quick else {}
-    result = stage(args, "dpo", model=model, data=train, seed=seed, max_steps=steps, beta=beta,
-                   num_proc=1, output=output, **JUDGED_DPO, **held_out)
+    result = dpo_on_judged(args, output, train, seed, max_steps=steps, beta=beta)
     assert result["pairs"] == pairs, (result["pairs"], pairs)       # what evaluate.py curve reads
     return output
 

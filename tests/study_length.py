@@ -4,13 +4,13 @@ clearly).
     python tests/study_length.py --model SMOLLM2 --data DIR --seeds 42
 
 One epoch of AlpacaEval's judged pairs, at most 2,400 characters each, cut at 256 or at 512 tokens:
-a third of the answers with their prompts are longer than 256, few longer than 512. Score: share of
-unseen judged pairs, one a prompt, with r_w > r_l, at 512 tokens.
+a fifth of the answers with their prompts are longer than 256, one in 300 longer than 512. Score:
+share of unseen judged pairs, one a prompt, with r_w > r_l, at 512 tokens.
 """
 import numpy as np
 
-from studies import (JUDGED_DPO, arguments, data, demo_sft, difference, error_bars, finish,
-                     interval, judged_pairs, mean_interval, raised, run_main, stage, verdict,
+from studies import (arguments, data, demo_sft, difference, dpo_on_judged, error_bars, finish,
+                     interval, judged_pairs, mean_interval, one_a_prompt, raised, run_main, verdict,
                      write_rows)
 
 LENGTHS, PAIRS, LONGEST = (256, 512), 160, 2400
@@ -18,12 +18,11 @@ LENGTHS, PAIRS, LONGEST = (256, 512), 160, 2400
 
 def main(argv=None):
     args = arguments(__doc__, argv)
-    held_out = {}
     if args.quick:
-        args.model, held_out = demo_sft(args), {"eval_data": "demo-pairs:test=0.02"}
+        args.model = demo_sft(args)
     rows = judged_pairs(args, "train", LONGEST)
-    one_a_prompt = {str(row["prompt"]): row for row in judged_pairs(args, "test", LONGEST)}
-    held = write_rows(args.work / "length-held-out.jsonl", list(one_a_prompt.values()))
+    held = write_rows(args.work / "length-held-out.jsonl",
+                      one_a_prompt(judged_pairs(args, "test", LONGEST)))
     scores = {}
     for seed in args.seeds:
         part = [rows[i] for i in data.permutation(len(rows), seed)[:PAIRS]]
@@ -31,9 +30,7 @@ def main(argv=None):
         train = write_rows(folder / "length.jsonl", part)
         for n in LENGTHS:
             output = folder / f"length-{n}"
-            flags = JUDGED_DPO | held_out | {"max_length": n, "max_prompt_length": 128}
-            stage(args, "dpo", model=args.model, data=train, seed=seed, beta=0.1, num_proc=1,
-                  output=output, **flags)
+            dpo_on_judged(args, output, train, seed, max_length=n, max_prompt_length=128)
             scores.setdefault(n, []).append(raised(args, output, held))
     scores = {n: np.array(of) for n, of in scores.items()}                      # (seeds, pairs)
     short, long = scores.values()

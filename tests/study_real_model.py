@@ -20,8 +20,8 @@ import sys
 
 import numpy as np
 
-from studies import (arguments, data, difference, finish, interval, json, judged_pairs, raised,
-                     run_main, stage, verdict, write_rows)
+from studies import (arguments, data, difference, finish, interval, json, judged_pairs,
+                     one_a_prompt, raised, run_main, stage, verdict, write_rows)
 
 KINDS = {
     "short": "Answer in at most 30 words.",
@@ -80,10 +80,10 @@ def prepare(args):
     size = 8 if args.quick else None
     train = shuffled(instructions(args, "train"), 0)
     tuning, train = train[:TUNE_PROMPTS], train[TUNE_PROMPTS:]
-    one_a_prompt = {str(row["prompt"]): row for row in judged_pairs(args, "test", 800)}
     held = write_rows(args.work / "held-out.jsonl",
                       constrained(shuffled(instructions(args, "test"), 0)[:size]))
-    pairs = write_rows(args.work / "held-out-pairs.jsonl", list(one_a_prompt.values()))
+    pairs = write_rows(args.work / "held-out-pairs.jsonl",
+                       one_a_prompt(judged_pairs(args, "test", 800)))
     return held, pairs, write_rows(args.work / "tuning.jsonl", constrained(tuning)), train
 
 

@@ -9,9 +9,9 @@ Score: share of unseen judged pairs, one a prompt, with r_w > r_l after training
 """
 import numpy as np
 
-from studies import (JUDGED_DPO, arguments, data, demo_sft, difference, error_bars, finish,
-                     interval, judged_pairs, mean_interval, raised, run_main, stage, verdict,
-                     write_rows)
+from studies import (arguments, data, demo_sft, difference, dpo_on_judged, error_bars, finish,
+                     interval, judged_pairs, mean_interval, one_a_prompt, raised, run_main, stage,
+                     verdict, write_rows)
 
 METHODS = ("random", "longest", "alpagasus", "argilla", "a2", "deita")
 CANDIDATES, BUDGET, TIMES, HELD = 500, 48, 8, 150
@@ -29,14 +29,13 @@ def rated_pairs(args):
 
 def main(argv=None):
     args = arguments(__doc__, argv)
-    budget, methods, held_out = BUDGET, METHODS, {}
+    budget, methods = BUDGET, METHODS
     if args.quick:
         args.model, budget, methods = demo_sft(args), 4, ("random", "a2", "deita")
-        held_out = dict(eval_data="demo-pairs:test=0.02")
     folder, candidates = args.work / "selection", rated_pairs(args)
     candidates = write_rows(folder / "candidates.jsonl", candidates)
-    one_a_prompt = {str(row["prompt"]): row for row in judged_pairs(args, "test", 800)}
-    held = write_rows(args.work / "selection-held-out.jsonl", list(one_a_prompt.values())[:HELD])
+    held = write_rows(args.work / "selection-held-out.jsonl",
+                      one_a_prompt(judged_pairs(args, "test", 800))[:HELD])
     arms = [(method, budget) for method in methods] + [("random", TIMES * budget)]
     scores = {}
     for seed in args.seeds:
@@ -47,10 +46,9 @@ def main(argv=None):
             if method == "deita":
                 scorers = dict.fromkeys(("complexity_model", "quality_model", "embedding_model"),
                                         args.model)
-            stage_data(args, method=method, budget=n, data=candidates, seed=seed, model=args.model,
-                       output=selected, **scorers)
-            stage(args, "dpo", model=args.model, data=selected / "rows.jsonl", seed=seed, beta=0.1,
-                  num_proc=1, output=output, **JUDGED_DPO, **held_out)
+            stage(args, "data", "select", "--pairs", method=method, budget=n, data=candidates,
+                  seed=seed, model=args.model, num_proc=1, output=selected, **scorers)
+            dpo_on_judged(args, output, selected / "rows.jsonl", seed)
             scores.setdefault(f"{method} {n}", []).append(raised(args, output, held))
     scores = {arm: np.array(of) for arm, of in scores.items()}                  # (seeds, pairs)
     base, most = (scores[f"random {n}"] for n in (budget, TIMES * budget))
@@ -67,14 +65,6 @@ def main(argv=None):
                "xticks": x, "xticklabels": [arm.replace(" ", "\n") for arm in scores],
                "ylabel": "unseen pairs with r_w > r_l (%)"}]
     return finish(args, "selection", result, panels, rows)
-
-
-def stage_data(args, **flags):
-    """data.py select under these flags."""
-    argv = ["select", "--pairs", "--num-proc", "1", "--cache-dir", str(args.work / "cache")]
-    for name, value in flags.items():
-        argv += [f"--{name.replace('_', '-')}", str(value)]
-    return data.main(argv)
 
 
 if __name__ == "__main__":
